@@ -1,0 +1,90 @@
+# make train   installs libtorch, builds, packs a corpus, trains configs/tiny.yaml, evaluates, plots, samples
+# make test    every test
+# make train CORPUS=~/notes   the same on your own files
+
+PYTHON ?= python3
+TORCH_VERSION = 2.11.0
+TENSORBOARD_VERSION = 2.21.0
+
+CARGO = cargo
+BBT = target/release/bbt
+
+.PHONY: all build train test bench libtorch check-libtorch clean
+.DELETE_ON_ERROR:
+
+all: build
+
+# --- libtorch -------------------------------------------------------------------------------------
+# The user's own (LIBTORCH=dir or LIBTORCH_USE_PYTORCH=1) where it is set, else the PyPI wheel in .libtorch.
+
+ifneq ($(LIBTORCH_USE_PYTORCH),)
+libtorch:
+	@version=$$($(PYTHON) -c 'import torch; print(torch.__version__)') || \
+	  { echo "make: LIBTORCH_USE_PYTORCH is set, but $(PYTHON) cannot import torch: install torch $(TORCH_VERSION) or unset it" >&2; exit 1; }; \
+	case "$$version" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) ;; *) \
+	  echo "make: $(PYTHON) has torch $$version, but bbt needs $(TORCH_VERSION): install that, or unset LIBTORCH_USE_PYTORCH" >&2; exit 1;; esac
+else ifneq ($(LIBTORCH),)
+libtorch:
+	@version=$$(cat "$(LIBTORCH)/build-version" 2>/dev/null || sed -n "s/^__version__ = '\(.*\)'/\1/p" "$(LIBTORCH)/version.py" 2>/dev/null); \
+	case "$$version" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) ;; *) \
+	  echo "make: LIBTORCH=$(LIBTORCH) holds libtorch $${version:-of no known version}, but bbt needs $(TORCH_VERSION): point it to one, or unset it" >&2; exit 1;; esac
+else
+libtorch: .libtorch/torch/version.py
+
+# Installed beside and moved into place, so that an interrupted download leaves nothing behind.
+.libtorch/torch/version.py:
+	rm -rf .libtorch .libtorch.tmp
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp torch==$(TORCH_VERSION) numpy
+	mv .libtorch.tmp .libtorch
+endif
+
+# --- building and testing -------------------------------------------------------------------------
+
+build: libtorch
+	$(CARGO) build --release --locked
+
+# What the tests check against: TensorBoard reads our event files.
+.python-test/.tensorboard-$(TENSORBOARD_VERSION):
+	rm -rf .python-test
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test tensorboard==$(TENSORBOARD_VERSION)
+	touch $@
+
+# Tests run the release build: the one that is used, and built once.
+test: libtorch .python-test/.tensorboard-$(TENSORBOARD_VERSION)
+	$(CARGO) test --release --locked
+
+# --- the demo -------------------------------------------------------------------------------------
+# The default corpus is the sources of the crates that Cargo.lock pins, in its order.
+
+CORPUS ?=
+# About three minutes on two cores; `make train STEPS=2000` is the whole of configs/tiny.yaml.
+STEPS ?= 180
+
+ifeq ($(CORPUS),)
+CORPUS_DIR = corpus
+RUN = runs/tiny
+else
+# Another corpus gets a place of its own.
+CORPUS_KEY := $(shell printf '%s' '$(abspath $(CORPUS))' | cksum | cut -d' ' -f1)
+CORPUS_DIR = corpus-$(CORPUS_KEY)
+RUN = runs/tiny-$(CORPUS_KEY)
+endif
+
+corpus/manifest.json: | build
+	$(CARGO) metadata --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu \
+	  | $(PYTHON) -c 'import json, os, sys; print("\0".join(os.path.dirname(p["manifest_path"]) for p in sorted(json.load(sys.stdin)["packages"], key=lambda p: (p["name"], p["version"])) if p["source"]), end="")' \
+	  | xargs -0 $(BBT) pack --out corpus --ext rs,md --val-frac 0.01
+
+ifneq ($(CORPUS),)
+$(CORPUS_DIR)/manifest.json: | build
+	$(BBT) pack --out $(CORPUS_DIR) --val-frac 0.05 $(CORPUS)
+endif
+
+train: build $(CORPUS_DIR)/manifest.json
+	$(BBT) train --config configs/tiny.yaml --data $(CORPUS_DIR)/train --set data.val=$(CORPUS_DIR)/val --steps $(STEPS) --out $(RUN) --resume auto
+	$(BBT) eval --ckpt $(RUN)/ckpt.pt --data $(CORPUS_DIR)/val --seq-len 512 --max-bytes 200000
+	$(BBT) plot $(RUN) --out $(RUN)/loss.png
+	$(BBT) generate --ckpt $(RUN)/ckpt.pt --prompt 'pub fn ' --max-new-tokens 300 --temperature 0.8
+
+clean:
+	rm -rf target .libtorch .libtorch.tmp .python-test

@@ -1,0 +1,185 @@
+//! The file format of `torch.save` since PyTorch 1.6: a zip archive, nothing compressed, of `data.pkl` (the
+//! pickle), `data/KEY` (one storage each), `version` and `byteorder` (torch/serialization.py,
+//! caffe2/serialize/inline_container.cc).
+//!
+//! Files are memory-mapped: tensors read from one are parts of it until they are copied.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Cursor, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipArchive, ZipWriter};
+
+use super::{CheckpointError, Storage, Value, pickle};
+use crate::utils::atomic::write_atomic;
+
+/// Part of a mapped file.
+struct MapRange {
+    map: Arc<Mmap>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for MapRange {
+    fn as_ref(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+}
+
+/// Maps `path` into memory.
+pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
+    let error = |source| CheckpointError::Read { path: path.into(), source };
+    let file = File::open(path).map_err(error)?;
+    if !file.metadata().map_err(error)?.is_file() {
+        return Err(CheckpointError::content(path, "is no file: name a checkpoint"));
+    }
+    // SAFETY: the map is only read. Checkpoints are replaced by renaming, never changed in place, by us and
+    // by PyTorch; a file that somebody truncates meanwhile ends the process, as it would any mapped reader.
+    let map = unsafe { Mmap::map(&file) }.map_err(error)?;
+    Ok(Arc::new(map))
+}
+
+/// An entry of the archive: where its bytes lie, and their checksum.
+struct Entry {
+    range: Range<usize>,
+    crc32: u32,
+}
+
+/// Reads the value that `path` holds.
+///
+/// # Errors
+/// A file that is missing, truncated, damaged (every entry used is checked against its CRC-32), of the old
+/// format, or whose pickle asks for anything but plain containers and tensors.
+pub fn read(path: &Path) -> Result<Value, CheckpointError> {
+    let error = |message: String| CheckpointError::content(path, message);
+    let map = map(path)?;
+    let entries = entries(&map).map_err(error)?;
+    // All names lie in one folder, which has the name that the file was first saved under.
+    let folder = entries.keys().find_map(|name| name.strip_suffix("data.pkl").map(String::from));
+    let folder =
+        folder.ok_or_else(|| error("is a zip archive without data.pkl: no checkpoint of torch.save".into()))?;
+    if entries.contains_key(&format!("{folder}constants.pkl")) {
+        return Err(error("is a TorchScript archive: save a checkpoint with torch.save".into()));
+    }
+    let bytes = |name: &str| match entries.get(&format!("{folder}{name}")) {
+        None => Ok(None),
+        Some(entry) => {
+            let bytes = &map[entry.range.clone()];
+            if crc32fast::hash(bytes) != entry.crc32 {
+                return Err(format!("is damaged: the checksum of {name} does not fit"));
+            }
+            Ok(Some((bytes, entry.range.clone())))
+        }
+    };
+    match bytes("byteorder").map_err(error)? {
+        None | Some((b"little", _)) => {}
+        Some(_) => return Err(error("is big-endian: save it on a little-endian machine".into())),
+    }
+    let pickled = bytes("data.pkl").map_err(error)?.map_or(&[][..], |(bytes, _)| bytes);
+    let mut storages: HashMap<String, Arc<Storage>> = HashMap::new();
+    let mut load = |key: &str, dtype: super::Dtype, numel: usize| {
+        if let Some(storage) = storages.get(key) {
+            if storage.dtype() != dtype || storage.len() != numel {
+                return Err(format!("storage {key} is used with two types"));
+            }
+            return Ok(storage.clone());
+        }
+        let (_, range) = bytes(&format!("data/{key}"))?.ok_or_else(|| format!("storage {key} is missing"))?;
+        if numel.checked_mul(dtype.size()) != Some(range.len()) {
+            return Err(format!("storage {key} should have {numel} elements, but has {} bytes", range.len()));
+        }
+        let storage = Storage::new(dtype, MapRange { map: map.clone(), range });
+        storages.insert(key.into(), storage.clone());
+        Ok(storage)
+    };
+    pickle::parse(pickled, &mut load).map_err(|e| error(e.to_string()))
+}
+
+/// The archive's entries by name. Each lies within the file.
+fn entries(map: &[u8]) -> Result<HashMap<String, Entry>, String> {
+    if map.starts_with(&[0x80]) {
+        return Err("is in PyTorch's old format (before 1.6): load it there and torch.save it again".into());
+    }
+    if !map.starts_with(b"PK") {
+        return Err("is no checkpoint: it is not the zip archive that torch.save writes".into());
+    }
+    let damaged = |e: zip::result::ZipError| format!("is damaged or cut off: {e}");
+    let mut archive = ZipArchive::new(Cursor::new(map)).map_err(damaged)?;
+    let mut entries = HashMap::new();
+    for index in 0..archive.len() {
+        let file = archive.by_index_raw(index).map_err(damaged)?;
+        let name = file.name().map_err(damaged)?.into_owned();
+        if file.compression() != CompressionMethod::Stored || file.encrypted() {
+            return Err(format!("has compressed or encrypted entries ({name}), which torch.save never writes"));
+        }
+        let range = file.data_start().and_then(|start| {
+            let start = usize::try_from(start).ok()?;
+            let end = start.checked_add(usize::try_from(file.size()).ok()?)?;
+            (file.size() == file.compressed_size() && end <= map.len()).then_some(start..end)
+        });
+        let range = range.ok_or_else(|| format!("is damaged or cut off: {name} reaches beyond its end"))?;
+        let crc32 = file.crc32();
+        drop(file);
+        if entries.insert(name.clone(), Entry { range, crc32 }).is_some() {
+            return Err(format!("is damaged: it has {name} twice"));
+        }
+    }
+    Ok(entries)
+}
+
+/// Writes `value` to `path`, whole or not at all. The same value gives the same bytes.
+///
+/// # Errors
+/// The file system's.
+pub fn write(path: &Path, value: &Value) -> Result<(), CheckpointError> {
+    let (pickled, storages) = pickle::write(value).map_err(|e| CheckpointError::content(path, e.to_string()))?;
+    let write = |file: &mut dyn WriteSeek| -> io::Result<()> {
+        // As PyTorch aligns them: a storage can be mapped and used in place.
+        let options = SimpleFileOptions::default()
+            .compression_method(CompressionMethod::Stored)
+            .last_modified_time(zip::DateTime::DEFAULT)
+            .with_alignment(64);
+        let mut zip = ZipWriter::new(file);
+        let mut id = crc32fast::Hasher::new();
+        let mut entry = |zip: &mut ZipWriter<_>, name: &str, bytes: &[u8]| -> io::Result<()> {
+            id.update(bytes);
+            let large = bytes.len() >= u32::MAX as usize;
+            zip.start_file(format!("archive/{name}"), options.large_file(large))?;
+            zip.write_all(bytes)
+        };
+        let entries = (|| {
+            entry(&mut zip, "data.pkl", &pickled)?;
+            entry(&mut zip, ".format_version", b"1")?;
+            entry(&mut zip, ".storage_alignment", b"64")?;
+            entry(&mut zip, "byteorder", b"little")?;
+            for (key, storage) in storages.iter().enumerate() {
+                entry(&mut zip, &format!("data/{key}"), storage.bytes())?;
+            }
+            entry(&mut zip, "version", b"3\n")
+        })();
+        let id = format!("{:040}", id.finalize());
+        let entries = entries.and_then(|()| {
+            zip.start_file("archive/.data/serialization_id", options)?;
+            zip.write_all(id.as_bytes())
+        });
+        match entries {
+            Ok(()) => {
+                zip.finish()?;
+                Ok(())
+            }
+            Err(error) => {
+                // Dropped, it would try to finish the archive and print that it cannot.
+                std::mem::forget(zip);
+                Err(error)
+            }
+        }
+    };
+    Ok(write_atomic(path, |file| write(file))?)
+}
+
+trait WriteSeek: Write + io::Seek {}
+impl<T: Write + io::Seek> WriteSeek for T {}

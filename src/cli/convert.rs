@@ -1,0 +1,54 @@
+//! `bbt convert`.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::checkpoint::{WeightDtype, convert};
+
+/// Convert a checkpoint between PyTorch's .pt and .safetensors, or to another dtype
+///
+/// Examples:
+///   bbt convert runs/tiny/ckpt.pt model.safetensors
+///   bbt convert runs/tiny/ckpt.pt half.safetensors --dtype bf16
+///   bbt convert model.safetensors model.pt
+///
+/// .safetensors holds the weights and, as metadata, the model's configuration; so does a .pt made
+/// from it: start from it with --init. A .pt made from a .pt keeps everything.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Checkpoint to read
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+    /// File to write, .pt or .safetensors
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+    /// Change the weights' dtype
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+    /// Replace OUT where it exists
+    #[arg(long)]
+    allow_overwrite: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    Fp32,
+    Bf16,
+    Fp16,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.output.exists() && !args.allow_overwrite {
+        anyhow::bail!("{} exists: give --allow-overwrite, or another name", args.output.display());
+    }
+    let dtype = args.dtype.map(|dtype| match dtype {
+        Dtype::Fp32 => WeightDtype::Fp32,
+        Dtype::Bf16 => WeightDtype::Bf16,
+        Dtype::Fp16 => WeightDtype::Fp16,
+    });
+    convert(&args.input, &args.output, dtype)?;
+    eprintln!("wrote {}", args.output.display());
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! `bbt doctor`.
+
+use std::path::Path;
+
+use crate::libtorch::{cuda_memory, host_memory};
+
+/// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
+#[derive(clap::Args)]
+pub struct Args {}
+
+pub fn run(_: Args) -> anyhow::Result<()> {
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+    println!("bbt        {}", env!("CARGO_PKG_VERSION"));
+    println!("libtorch   {} in {}", env!("BBT_TORCH_VERSION"), env!("BBT_TORCH_LIB"));
+    println!("threads    {} for computing", tch::get_num_threads());
+    println!("memory     {} free", gib(host_memory().available));
+    println!("cpu        {}", cpu());
+    if tch::Cuda::is_available() {
+        for index in 0..tch::Cuda::device_count() {
+            match cuda_memory(index as usize) {
+                Ok(memory) => println!("cuda:{index}     {} free of {}", gib(memory.free), gib(memory.total)),
+                Err(error) => println!("cuda:{index}     {error}"),
+            }
+        }
+        println!("cudnn      {}", if tch::Cuda::cudnn_is_available() { "yes" } else { "no" });
+    } else {
+        println!("cuda       none: {}", why_no_cuda());
+    }
+    Ok(())
+}
+
+/// What the CPU has of the instructions that low-precision products use.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let has: Vec<_> = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"]
+        .into_iter()
+        .filter(|name| flags.split_whitespace().any(|flag| flag == *name))
+        .collect();
+    if has.is_empty() { "no AVX2, AVX-512 or AMX".into() } else { has.join(" ") }
+}
+
+fn why_no_cuda() -> String {
+    let library = Path::new(env!("BBT_TORCH_LIB")).join("libtorch_cuda.so");
+    if !library.exists() {
+        return "this libtorch is built without CUDA; `make libtorch` installs one with it".into();
+    }
+    if !Path::new("/dev/nvidiactl").exists() {
+        return "no NVIDIA driver is loaded here; training runs on the CPU".into();
+    }
+    "libtorch finds no usable device: check `nvidia-smi` and CUDA_VISIBLE_DEVICES".into()
+}

@@ -1,0 +1,170 @@
+//! `bbt inspect`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use crate::checkpoint::{TensorData, TrainingCheckpoint, Value, safetensors_file, torch_file};
+use crate::data::{self, MANIFEST, PackReport};
+use crate::training::RunDir;
+
+/// Say what is in a checkpoint or a set of shards, as a table
+///
+/// Examples:
+///   bbt inspect runs/tiny/ckpt.pt
+///   bbt inspect model.safetensors
+///   bbt inspect corpus/train
+///
+/// Any file of torch.save is shown, as long as it holds plain containers and tensors.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Checkpoint, run directory, or shards: a directory, glob or file
+    #[arg(value_name = "PATH")]
+    path: PathBuf,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let path = &args.path;
+    let extension = path.extension().and_then(|e| e.to_str());
+    match extension {
+        Some("safetensors") => safetensors(path),
+        Some("pt" | "pth" | "ckpt") => checkpoint(path),
+        _ => match path.is_dir().then(|| RunDir::new(path).newest()).flatten() {
+            Some(newest) => checkpoint(&newest),
+            None => shards(path),
+        },
+    }
+}
+
+fn checkpoint(path: &Path) -> anyhow::Result<()> {
+    let value = torch_file::read(path)?;
+    println!("{}", path.display());
+    match TrainingCheckpoint::open(path) {
+        Ok(checkpoint) => {
+            let (model, progress) = (checkpoint.model_config(), checkpoint.progress());
+            println!(
+                "BitByteLM: {} parameters, {} layers × {}, {} heads ({} key/value), d_ff {}",
+                model.parameters(),
+                model.n_layer,
+                model.d_model,
+                model.n_head,
+                model.kv_heads(),
+                model.d_ff
+            );
+            println!("after {} steps, {} bytes seen", progress.completed, progress.bytes_seen);
+        }
+        Err(error) => println!("no checkpoint that bbt trains: {error}"),
+    }
+    println!();
+    let mut rows = vec![];
+    flatten("", &value, &mut rows);
+    table(&rows);
+    Ok(())
+}
+
+fn safetensors(path: &Path) -> anyhow::Result<()> {
+    let (tensors, metadata) = safetensors_file::read(path)?;
+    println!("{}\n", path.display());
+    let mut rows: Vec<[String; 3]> = tensors.iter().map(|(name, tensor)| tensor_row(name, tensor)).collect();
+    let mut metadata: Vec<_> = metadata.into_iter().collect();
+    metadata.sort();
+    rows.extend(metadata.into_iter().map(|(key, value)| [format!("metadata.{key}"), "str".into(), short(&value)]));
+    table(&rows);
+    Ok(())
+}
+
+fn shards(path: &Path) -> anyhow::Result<()> {
+    if let Some(report) = manifest(path)? {
+        println!("{}\n", path.display());
+        let mut rows = vec![["split".to_string(), "shards".into(), "bytes".into()]];
+        for (name, split) in [("train", Some(report.train)), ("val", report.val)] {
+            if let Some(split) = split {
+                rows.push([name.into(), split.shards.to_string(), split.bytes.to_string()]);
+            }
+        }
+        table(&rows);
+        return Ok(());
+    }
+    let set = data::open(&path.to_string_lossy())?;
+    println!("{}: {} shards, {} bytes\n", path.display(), set.shards().len(), set.total_bytes());
+    let rows = set.shards().iter().map(|shard| {
+        let name = shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        [name, "bytes".into(), shard.bytes().len().to_string()]
+    });
+    table(&rows.collect::<Vec<_>>());
+    Ok(())
+}
+
+/// What `bbt pack` wrote of a directory.
+fn manifest(path: &Path) -> anyhow::Result<Option<PackReport>> {
+    let path = path.join(MANIFEST);
+    match std::fs::read(&path) {
+        Ok(text) => {
+            Ok(Some(serde_json::from_slice(&text).with_context(|| format!("{}: not bbt pack's", path.display()))?))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+/// A row for each leaf of `value`: its path, type and content.
+fn flatten(path: &str, value: &Value, rows: &mut Vec<[String; 3]>) {
+    let below = |key: &str| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+    match value {
+        Value::Dict(items) | Value::OrderedDict { items, .. } if !items.is_empty() => {
+            for (key, value) in items {
+                let key = match key {
+                    Value::Str(key) => key.clone(),
+                    Value::Int(key) => key.to_string(),
+                    other => format!("{other:?}"),
+                };
+                flatten(&below(&key), value, rows);
+            }
+        }
+        Value::List(elements) if elements.iter().any(|e| !e.entries().is_empty()) => {
+            for (index, element) in elements.iter().enumerate() {
+                flatten(&below(&index.to_string()), element, rows);
+            }
+        }
+        Value::Tensor(tensor) => rows.push(tensor_row(path, tensor)),
+        plain => {
+            let (kind, text) = plain_row(plain);
+            rows.push([path.into(), kind.into(), text]);
+        }
+    }
+}
+
+fn plain_row(value: &Value) -> (&'static str, String) {
+    let list = |elements: &[Value]| short(&elements.iter().map(|e| plain_row(e).1).collect::<Vec<_>>().join(", "));
+    match value {
+        Value::None => ("None", String::new()),
+        Value::Bool(value) => ("bool", value.to_string()),
+        Value::Int(number) => ("int", number.to_string()),
+        Value::Float(number) => ("float", format!("{number:?}")),
+        Value::Str(text) => ("str", short(text)),
+        Value::Bytes(bytes) => ("bytes", format!("{} bytes", bytes.len())),
+        Value::List(elements) => ("list", list(elements)),
+        Value::Tuple(elements) => ("tuple", list(elements)),
+        Value::Dict(_) | Value::OrderedDict { .. } => ("dict", "empty".into()),
+        Value::Tensor(tensor) => ("tensor", format!("{:?}", tensor.shape)),
+    }
+}
+
+fn tensor_row(name: &str, tensor: &TensorData) -> [String; 3] {
+    [name.into(), format!("{:?}", tensor.dtype()).to_lowercase(), format!("{:?}", tensor.shape)]
+}
+
+/// The first line of a text, cut where it is long.
+fn short(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let cut: String = line.chars().take(60).map(|c| if c.is_control() { '·' } else { c }).collect();
+    if cut.len() < text.len() { format!("{cut}…") } else { cut }
+}
+
+fn table(rows: &[[String; 3]]) {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let (a, b) = (width(0), width(1));
+    for [name, kind, text] in rows {
+        println!("{}", format!("{name:a$}  {kind:b$}  {text}").trim_end());
+    }
+}

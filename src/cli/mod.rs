@@ -1,0 +1,196 @@
+//! The command line: parse, call the library, print. One file per subcommand.
+//!
+//! Machine output goes to stdout, human output to stderr. Exit status 0, 1 for failures, 2 for usage.
+
+mod config;
+mod convert;
+mod doctor;
+mod eval;
+mod generate;
+mod inspect;
+mod pack;
+mod plot;
+mod progress;
+mod spelling;
+mod train;
+
+use std::io::IsTerminal;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::config::ConfigError;
+use crate::data::DataError;
+
+/// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
+#[derive(Parser)]
+#[command(name = "bbt", version, arg_required_else_help = true)]
+#[command(after_help = "Every flag may be spelled with hyphens or underscores: --n-layer, --n_layer.\n\n\
+Examples:\n  \
+bbt pack --out corpus --val-frac 0.05 ~/notes\n  \
+bbt train --config configs/tiny.yaml\n  \
+bbt train --config configs/tiny.yaml --resume auto\n  \
+bbt eval --ckpt runs/tiny/ckpt.pt --data corpus/val --seq-len 512\n  \
+bbt generate --ckpt runs/tiny/ckpt.pt --prompt 'fn main'")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Train(Box<train::Args>),
+    Eval(eval::Args),
+    Generate(generate::Args),
+    Pack(pack::Args),
+    Convert(convert::Args),
+    Inspect(inspect::Args),
+    Plot(plot::Args),
+    Config(Box<config::Args>),
+    Doctor(doctor::Args),
+    Completions(Completions),
+}
+
+/// Print a completion script for a shell
+///
+/// Example: bbt completions bash > ~/.local/share/bash-completion/completions/bbt
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+struct Completions {
+    /// The shell
+    shell: clap_complete::Shell,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse_from(spelling::normalise(std::env::args_os())) {
+        Ok(cli) => cli,
+        // clap's own: help and version on stdout with status 0, usage errors on stderr with 2.
+        Err(error) => error.exit(),
+    };
+    set_up_logging();
+    // libtorch's failures inside tch are panics: they end as an error message, not as a backtrace.
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = catch_unwind(AssertUnwindSafe(|| run(cli.command)));
+    let error = match result {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => error,
+        Err(panic) => anyhow::anyhow!(panic_message(panic.as_ref())),
+    };
+    // A reader of our output that has seen enough (`| head`) is no failure.
+    if error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(is_broken_pipe)) {
+        return ExitCode::SUCCESS;
+    }
+    let red = if std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+        ("\x1b[1;31m", "\x1b[0m")
+    } else {
+        ("", "")
+    };
+    eprintln!("{}bbt:{} {}", red.0, red.1, describe(&error));
+    let usage = error.chain().any(|cause| {
+        cause.is::<ConfigError>()
+            || cause.is::<UsageError>()
+            || matches!(cause.downcast_ref(), Some(DataError::Invalid { .. }))
+    });
+    ExitCode::from(if usage { 2 } else { 1 })
+}
+
+/// What went wrong and why, down the chain of causes. Most of our errors tell their cause themselves, so what
+/// was said is not said again.
+fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// Flags that do not go together, or a value that clap cannot judge.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+fn is_broken_pipe(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::BrokenPipe
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("unknown failure");
+    // The first line says what; libtorch's C++ frames follow it.
+    let text = text.replace("\\n", "\n");
+    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("unknown failure").to_string();
+    if first.contains("out of memory") || first.contains("can't allocate memory") {
+        return format!(
+            "out of memory: make train.batch_size, data.seq_len or the model smaller, or set train.checkpointing ({first})"
+        );
+    }
+    format!("internal failure, please report it: {first}")
+}
+
+fn set_up_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BBT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Pack(args) => pack::run(args),
+        Command::Convert(args) => convert::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Plot(args) => plot::run(args),
+        Command::Config(args) => config::run(*args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Completions(Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "bbt", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Sets the number of threads that libtorch computes with.
+fn set_threads(threads: Option<usize>) {
+    if let Some(threads) = threads {
+        tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
+    }
+}
+
+/// The arguments of this process: for tests of the parser.
+#[cfg(test)]
+fn parse<const N: usize>(args: [&str; N]) -> Result<Command, clap::Error> {
+    let args = std::iter::once("bbt").chain(args).map(std::ffi::OsString::from);
+    Cli::try_parse_from(spelling::normalise(args)).map(|cli| cli.command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_usage_error_has_status_two() {
+        for args in [["train", "--no-such-flag"], ["train", "--steps=x"], ["nothing", "here"]] {
+            assert_eq!(parse(args).err().map(|e| e.exit_code()), Some(2), "{args:?}");
+        }
+    }
+}

@@ -1,0 +1,14 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs)]
+
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod inference;
+pub mod libtorch;
+pub mod models;
+pub mod plot;
+pub mod quantization;
+pub mod training;
+pub mod utils;

@@ -1,0 +1,53 @@
+//! Autocast on CPU and CUDA, as `torch.autocast(device, dtype)`.
+
+use std::ffi::c_int;
+
+use tch::Device;
+
+use super::{Error, ffi};
+
+/// The lower precision that autocast computes matrix products in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AutocastDtype {
+    /// float16
+    Half,
+    /// bfloat16
+    BFloat16,
+}
+
+/// Autocast is on from [`Autocast::enter`] until this is dropped. Regions do not nest, and belong to
+/// the thread that entered them.
+pub struct Autocast {
+    device: c_int,
+    // Autocast is a property of a thread: the guard stays on the one that entered.
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Autocast {
+    /// Turns autocast on for operations on `device`.
+    ///
+    /// # Errors
+    /// A device that is neither CPU nor CUDA, or libtorch's own error.
+    pub fn enter(device: Device, dtype: AutocastDtype) -> Result<Self, Error> {
+        let device = match device {
+            Device::Cpu => 0,
+            Device::Cuda(_) => 1,
+            other => return Err(Error(format!("no autocast on device {other:?}"))),
+        };
+        let dtype = match dtype {
+            AutocastDtype::Half => 0,
+            AutocastDtype::BFloat16 => 1,
+        };
+        // SAFETY: plain integers in the ranges that the shim documents.
+        ffi::check(unsafe { ffi::bbt_autocast_enter(device, dtype) })?;
+        Ok(Self { device, _thread: std::marker::PhantomData })
+    }
+}
+
+impl Drop for Autocast {
+    fn drop(&mut self) {
+        // SAFETY: the same device that was entered. There is no way to report an error from here, and
+        // none arises: the call only sets thread-local state.
+        let _ = ffi::check(unsafe { ffi::bbt_autocast_exit(self.device) });
+    }
+}

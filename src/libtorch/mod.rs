@@ -1,0 +1,23 @@
+//! The wall: what libtorch has and tch does not bind, safe on the Rust side.
+//!
+//! A C++ shim (`shim/`) with a plain C interface is compiled by `build.rs`. No C++ type and no
+//! exception crosses it: a failing call returns its message. All of the crate's `unsafe` that
+//! touches libtorch is in this folder.
+
+mod autocast;
+mod ffi;
+mod foreach;
+mod memory;
+mod recompute;
+mod storage;
+
+pub use autocast::{Autocast, AutocastDtype};
+pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};
+pub use memory::{CudaMemory, HostMemory, cuda_memory, host_memory};
+pub use recompute::recompute_in_backward;
+pub use storage::cpu_bytes;
+
+/// A call into libtorch that failed, with libtorch's own words.
+#[derive(Debug, thiserror::Error)]
+#[error("libtorch: {0}")]
+pub struct Error(pub String);

@@ -1,0 +1,29 @@
+// Autocast on CPU and CUDA with a chosen dtype (tch's own knows CUDA fp16 only).
+// The same calls, in the same order, as torch/amp/autocast_mode.py makes.
+#include "shim.h"
+
+#include <ATen/autocast_mode.h>
+
+namespace {
+at::DeviceType device_type(int device) {
+  return device == 1 ? at::DeviceType::CUDA : at::DeviceType::CPU;
+}
+}  // namespace
+
+extern "C" void bbt_free_message(char* text) { std::free(text); }
+
+extern "C" char* bbt_autocast_enter(int device, int dtype) {
+  return bbt::guarded([&] {
+    at::autocast::set_autocast_dtype(device_type(device), dtype == 0 ? at::kHalf : at::kBFloat16);
+    at::autocast::set_autocast_enabled(device_type(device), true);
+    at::autocast::increment_nesting();
+  });
+}
+
+extern "C" char* bbt_autocast_exit(int device) {
+  return bbt::guarded([&] {
+    // Casts of the weights are kept for the outermost region only; past it they would be stale.
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(device_type(device), false);
+  });
+}

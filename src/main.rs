@@ -1,0 +1,5 @@
+//! The `bbt` command.
+
+fn main() -> std::process::ExitCode {
+    bbt::cli::main()
+}

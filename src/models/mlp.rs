@@ -1,0 +1,42 @@
+//! The SwiGLU feed-forward layer (Shazeer 2020, arXiv 2002.05202).
+
+use tch::{Tensor, nn};
+
+use crate::config::{ModelConfig, QuantConfig};
+use crate::quantization::BitLinear;
+
+/// y = down(silu(gate) · up), with gate and up as one projection, gate first.
+#[derive(Debug)]
+pub struct Mlp {
+    /// `[2 · d_ff, d_model]`
+    gate_up: BitLinear,
+    /// `[d_model, d_ff]`
+    down: BitLinear,
+}
+
+impl Mlp {
+    /// Adds `gate_up.weight` and `down.weight` to `vs`.
+    pub fn new(vs: nn::Path, config: &ModelConfig, quant: &QuantConfig) -> Self {
+        Self {
+            gate_up: BitLinear::new(&vs / "gate_up", config.d_model, 2 * config.d_ff, false, quant),
+            down: BitLinear::new(&vs / "down", config.d_ff, config.d_model, false, quant),
+        }
+    }
+
+    /// # Shapes
+    /// `x`: `[B, T, d_model]` → the same.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let gate_up = self.gate_up.forward(x).chunk(2, -1);
+        self.down.forward(&(gate_up[0].silu() * &gate_up[1]))
+    }
+
+    pub(super) fn freeze(&mut self) {
+        self.gate_up.freeze();
+        self.down.freeze();
+    }
+
+    /// Another handle to the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        Self { gate_up: self.gate_up.shallow_clone(), down: self.down.shallow_clone() }
+    }
+}

@@ -1,0 +1,167 @@
+//! Held-out loss: every byte after a document's first, predicted once.
+
+use tch::{Device, Tensor};
+
+use super::loss::{BITS_PER_NAT, cross_entropy_per_byte};
+use crate::config::Precision;
+use crate::data::ByteDataset;
+use crate::libtorch::Error;
+use crate::models::BitByteLM;
+use crate::utils::device::autocast;
+
+/// How to evaluate.
+#[derive(Debug, Clone, Copy)]
+pub struct EvalOptions {
+    /// Bytes that a window predicts at most, and the most that a prediction sees before it.
+    pub seq_len: usize,
+    /// Windows start this far apart, up to `seq_len`. Smaller strides give each byte more context (at
+    /// least `seq_len - stride` bytes, past a document's start) at seq_len / stride times the cost.
+    pub stride: usize,
+    /// Precision of the matrix products.
+    pub precision: Precision,
+}
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Mean loss in nats per byte.
+    pub loss: f64,
+    /// Number of bytes predicted.
+    pub bytes: u64,
+}
+
+impl Evaluation {
+    /// The loss in bits per byte.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.loss * BITS_PER_NAT
+    }
+}
+
+/// One forward pass over part of a document: the input is bytes `start .. start + len`, each predicting
+/// the next; the predictions from `first` on count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Window {
+    start: usize,
+    len: usize,
+    first: usize,
+}
+
+/// The windows of a document of `n` bytes, which together count each of its n - 1 predictions once.
+fn windows(n: usize, seq_len: usize, stride: usize) -> impl Iterator<Item = Window> {
+    let predictions = n.saturating_sub(1);
+    let mut done = 0;
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        if done >= predictions {
+            return None;
+        }
+        let len = seq_len.min(predictions - start);
+        let window = Window { start, len, first: done - start };
+        done = start + len;
+        start += stride;
+        Some(window)
+    })
+}
+
+/// Bytes of input in one batch of windows.
+const BATCH_BYTES: usize = 8192;
+
+/// The mean loss of `model` over `documents` (each at least two bytes to count), on `device`, where its
+/// parameters are. `progress` is told the number of bytes predicted so far.
+///
+/// # Errors
+/// libtorch's own.
+pub fn evaluate(
+    model: &BitByteLM,
+    documents: &[&[u8]],
+    options: EvalOptions,
+    device: Device,
+    mut progress: impl FnMut(u64),
+) -> Result<Evaluation, Error> {
+    let _no_grad = tch::no_grad_guard();
+    let seq_len = options.seq_len.max(1);
+    let stride = options.stride.clamp(1, seq_len);
+    let rows = (BATCH_BYTES / seq_len).max(1);
+    let (mut total, mut bytes) = (0.0, 0);
+    for document in documents {
+        let mut pending = windows(document.len(), seq_len, stride).peekable();
+        while let Some(window) = pending.next() {
+            let mut batch = vec![window];
+            while batch.len() < rows
+                && let Some(next) = pending.next_if(|next| next.len == window.len)
+            {
+                batch.push(next);
+            }
+            let text: Vec<u8> = batch.iter().flat_map(|w| &document[w.start..=w.start + w.len]).copied().collect();
+            let (inputs, targets) = inputs_and_targets(&text, batch.len(), device);
+            let logits = autocast(device, options.precision, || model.forward(&inputs))?;
+            let losses = cross_entropy_per_byte(&logits, &targets);
+            for (row, window) in (0..).zip(&batch) {
+                let counted = (window.len - window.first) as i64;
+                let sum = losses.get(row).narrow(0, window.first as i64, counted).sum(tch::Kind::Double);
+                total += sum.double_value(&[]);
+                bytes += counted as u64;
+            }
+            progress(bytes);
+        }
+    }
+    Ok(Evaluation { loss: if bytes == 0 { f64::NAN } else { total / bytes as f64 }, bytes })
+}
+
+/// The shards of `set`, cut off after `limit` bytes in all.
+pub fn first_bytes(set: &dyn ByteDataset, limit: Option<u64>) -> Vec<&[u8]> {
+    let mut left = limit.unwrap_or(u64::MAX);
+    let mut documents = vec![];
+    for shard in set.shards() {
+        let take = left.min(shard.bytes().len() as u64);
+        left -= take;
+        if take > 1 {
+            documents.push(&shard.bytes()[..take as usize]);
+        }
+    }
+    documents
+}
+
+/// `rows` rows of bytes as tokens: `[rows, width]` int64 on `device`.
+pub fn inputs(text: &[u8], rows: usize, device: Device) -> Tensor {
+    // As bytes over the bus, widened on the device.
+    let width = text.len() / rows.max(1);
+    Tensor::from_slice(text).view([rows as i64, width as i64]).to_device(device).to_kind(tch::Kind::Int64)
+}
+
+/// Splits `rows` rows of T + 1 bytes into what a model reads and what it is to predict: `[rows, T]` int64
+/// each, on `device`.
+pub fn inputs_and_targets(text: &[u8], rows: usize, device: Device) -> (Tensor, Tensor) {
+    let tokens = inputs(text, rows, device);
+    let length = tokens.size()[1] - 1;
+    (tokens.narrow(1, 0, length), tokens.narrow(1, 1, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_after_the_first_counts_once() {
+        for n in [0usize, 1, 2, 5, 16, 17, 33, 100] {
+            for (seq_len, stride) in [(1, 1), (4, 4), (4, 1), (16, 16), (16, 5), (200, 7)] {
+                let mut counted = vec![];
+                for w in windows(n, seq_len, stride) {
+                    assert!(w.len <= seq_len && w.start + w.len < n);
+                    for p in w.start + w.first..w.start + w.len {
+                        counted.push(p);
+                        // Past the start of the document each prediction sees enough.
+                        assert!(p - w.start >= (seq_len - stride).min(p), "{n} {seq_len} {stride}");
+                    }
+                }
+                assert!(counted.into_iter().eq(0..n.saturating_sub(1)), "{n} {seq_len} {stride}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_overlap_windows_are_chunks() {
+        let all: Vec<_> = windows(11, 4, 4).map(|w| (w.start, w.len, w.first)).collect();
+        assert_eq!(all, [(0, 4, 0), (4, 4, 0), (8, 2, 0)]);
+    }
+}

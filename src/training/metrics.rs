@@ -1,0 +1,370 @@
+//! A run's log: `metrics.jsonl`, one JSON object a line ([JSON Lines](https://jsonlines.org)).
+//!
+//! A line with a `val_loss` is a validation, any other a training step. JSON has no NaN, so a number
+//! that is not finite is written as `null` and read back as NaN. A run that goes on from a checkpoint
+//! first drops what was logged after it, so that every step stands in the log once.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::utils::atomic::{WriteError, write_bytes};
+
+/// A log that cannot be written or read; names the file, and the line where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricsError {
+    /// The file cannot be opened, read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The log.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The log cannot be replaced; it is as it was.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A line is not a row of a log.
+    #[error("{}:{line}: not a row of a training log: {source}\n  correct or delete this line", path.display())]
+    Row {
+        /// The log.
+        path: PathBuf,
+        /// Which line, the first being 1.
+        line: usize,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+/// One logged training step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainRow {
+    /// Which step, the first being 0.
+    pub step: u64,
+    /// Cross-entropy, in nats per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub loss: f64,
+    /// The same in bits per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub bits_per_byte: f64,
+    /// Learning rate of the step.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub lr: f64,
+    /// L2 norm of all gradients before clipping.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub grad_norm: f64,
+    /// Sequence length of the step, in bytes.
+    pub seq_len: i64,
+    /// Bytes trained on since the run began, over all ranks.
+    pub bytes_seen: u64,
+    /// Throughput since the last logged step, over all ranks.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub bytes_per_second: f64,
+    /// Steps left out so far because a gradient was not finite.
+    pub skipped_steps: u64,
+    /// Scale of the loss in float16; absent in other precisions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// Fraction of the time since the last logged step that was spent waiting for data, 0 to 1.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub data_wait: f64,
+    /// The most memory taken so far: of the device, or of the process on a CPU. In bytes.
+    pub peak_memory_bytes: u64,
+}
+
+/// One validation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ValRow {
+    /// The last step done before it, the first being 0.
+    pub step: u64,
+    /// Cross-entropy, in nats per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub val_loss: f64,
+    /// The same in bits per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub val_bits_per_byte: f64,
+    /// Bytes predicted.
+    pub bytes: u64,
+}
+
+/// A line of the log.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Row {
+    /// A training step.
+    Train(TrainRow),
+    /// A validation.
+    Val(ValRow),
+}
+
+impl Row {
+    /// Which step, the first being 0.
+    pub fn step(&self) -> u64 {
+        match self {
+            Row::Train(row) => row.step,
+            Row::Val(row) => row.step,
+        }
+    }
+
+    fn parse(line: &str) -> Result<Self, serde_json::Error> {
+        let object: serde_json::Value = serde_json::from_str(line)?;
+        if object.get("val_loss").is_some() {
+            serde_json::from_value(object).map(Row::Val)
+        } else {
+            serde_json::from_value(object).map(Row::Train)
+        }
+    }
+}
+
+fn null_as_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+/// What watches a run as it goes, such as a progress bar. The trainer calls it on rank 0 only.
+pub trait TrainObserver {
+    /// A step that was logged.
+    fn on_step(&mut self, _row: &TrainRow) {}
+    /// A validation.
+    fn on_validation(&mut self, _row: &ValRow) {}
+    /// Something a person should read, such as that a checkpoint was written.
+    fn on_message(&mut self, _message: &str) {}
+}
+
+/// Watches nothing.
+impl TrainObserver for () {}
+
+/// Appends to a log. Each row reaches the operating system before the call returns.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsWriter {
+    /// Begins a new log at `path`, in place of one that is there.
+    ///
+    /// # Errors
+    /// [`MetricsError::Io`].
+    pub fn create(path: &Path) -> Result<Self, MetricsError> {
+        let file = File::create(path).map_err(io_error(path))?;
+        Ok(Self { path: path.into(), file })
+    }
+
+    /// Goes on with the log at `path` after step `last_step`, the last that is in the checkpoint from
+    /// which the run goes on. Later rows are dropped, and a last line that was only half written; the file is
+    /// replaced in one go. Where there is no log, one is begun.
+    ///
+    /// # Errors
+    /// [`MetricsError::Io`], or [`MetricsError::Row`] for a line that cannot be read; the log is then
+    /// as it was.
+    pub fn resume(path: &Path, last_step: u64) -> Result<Self, MetricsError> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Self::create(path),
+            Err(source) => return Err(MetricsError::Io { path: path.into(), source }),
+        };
+        let mut kept = String::new();
+        for (line, row) in rows(path, &text)? {
+            if row.step() <= last_step {
+                kept.push_str(line);
+                kept.push('\n');
+            }
+        }
+        if kept != text {
+            write_bytes(path, kept.as_bytes())?;
+        }
+        let file = OpenOptions::new().append(true).open(path).map_err(io_error(path))?;
+        Ok(Self { path: path.into(), file })
+    }
+
+    /// Logs a training step.
+    ///
+    /// # Errors
+    /// [`MetricsError::Io`].
+    pub fn train(&mut self, row: &TrainRow) -> Result<(), MetricsError> {
+        self.append(row)
+    }
+
+    /// Logs a validation.
+    ///
+    /// # Errors
+    /// [`MetricsError::Io`].
+    pub fn validation(&mut self, row: &ValRow) -> Result<(), MetricsError> {
+        self.append(row)
+    }
+
+    fn append(&mut self, row: &impl Serialize) -> Result<(), MetricsError> {
+        let line = serde_json::to_string(row).map_err(io::Error::from);
+        // One write a row: a run that dies leaves at most its last line unfinished.
+        line.and_then(|line| self.file.write_all(format!("{line}\n").as_bytes())).map_err(io_error(&self.path))
+    }
+}
+
+/// The rows of the log at `path`, as they stand there. A last line that is still being written, or
+/// was when its run died, does not count.
+///
+/// # Errors
+/// [`MetricsError::Io`], or [`MetricsError::Row`] for any other line that cannot be read.
+pub fn read(path: &Path) -> Result<Vec<Row>, MetricsError> {
+    let text = fs::read_to_string(path).map_err(io_error(path))?;
+    Ok(rows(path, &text)?.into_iter().map(|(_, row)| row).collect())
+}
+
+/// The rows in `text`, each with its line.
+fn rows<'a>(path: &Path, text: &'a str) -> Result<Vec<(&'a str, Row)>, MetricsError> {
+    let mut rows = Vec::new();
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        let finished = line.ends_with('\n');
+        let line = line.trim_end();
+        if line.is_empty() {
+            continue;
+        }
+        match Row::parse(line) {
+            Ok(row) => rows.push((line, row)),
+            Err(_) if !finished => {}
+            Err(source) => return Err(MetricsError::Row { path: path.into(), line: index + 1, source }),
+        }
+    }
+    Ok(rows)
+}
+
+fn io_error(path: &Path) -> impl Fn(io::Error) -> MetricsError {
+    move |source| MetricsError::Io { path: path.into(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train_row(step: u64) -> TrainRow {
+        TrainRow {
+            step,
+            loss: 2.0,
+            bits_per_byte: 2.0 / std::f64::consts::LN_2,
+            lr: 1e-3,
+            grad_norm: 0.5,
+            seq_len: 512,
+            bytes_seen: step * 4096,
+            bytes_per_second: 3400.0,
+            skipped_steps: 0,
+            loss_scale: None,
+            data_wait: 0.01,
+            peak_memory_bytes: 1 << 30,
+        }
+    }
+
+    fn val_row(step: u64) -> ValRow {
+        ValRow { step, val_loss: 2.1, val_bits_per_byte: 3.03, bytes: 65536 }
+    }
+
+    fn steps(path: &Path) -> Vec<u64> {
+        read(path).unwrap().iter().map(Row::step).collect()
+    }
+
+    /// A log of training steps 10, 20, 30 and a validation at 20.
+    fn log(directory: &Path) -> PathBuf {
+        let path = directory.join("metrics.jsonl");
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        writer.train(&train_row(10)).unwrap();
+        writer.train(&train_row(20)).unwrap();
+        writer.validation(&val_row(20)).unwrap();
+        writer.train(&train_row(30)).unwrap();
+        path
+    }
+
+    #[test]
+    fn rows_come_back_as_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let scaled = TrainRow { loss_scale: Some(65536.0), ..train_row(2) };
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        writer.train(&train_row(1)).unwrap();
+        writer.train(&scaled).unwrap();
+        writer.validation(&val_row(2)).unwrap();
+        // Read while the writer is open: nothing waits in a buffer.
+        assert_eq!(read(&path).unwrap(), [Row::Train(train_row(1)), Row::Train(scaled), Row::Val(val_row(2))]);
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_stay_json() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        writer.train(&TrainRow { loss: f64::NAN, grad_norm: f64::INFINITY, ..train_row(1) }).unwrap();
+        writer.validation(&ValRow { val_loss: f64::NAN, ..val_row(1) }).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+        assert!(first["loss"].is_null() && first["grad_norm"].is_null());
+        match &read(&path).unwrap()[..] {
+            [Row::Train(train), Row::Val(val)] => {
+                assert!(train.loss.is_nan() && train.grad_norm.is_nan() && val.val_loss.is_nan());
+            }
+            rows => panic!("{rows:?}"),
+        }
+    }
+
+    #[test]
+    fn resuming_drops_rows_after_the_checkpoint_and_appends() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let before = fs::read_to_string(&path).unwrap();
+        let mut writer = MetricsWriter::resume(&path, 20).unwrap();
+        let kept = fs::read_to_string(&path).unwrap();
+        assert!(before.starts_with(&kept));
+        writer.train(&train_row(25)).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20, 25]);
+        // No temporary file stays behind.
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn resuming_drops_a_half_written_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, &text[..text.len() - 20]).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20]);
+        let mut writer = MetricsWriter::resume(&path, 30).unwrap();
+        writer.train(&train_row(31)).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20, 31]);
+    }
+
+    #[test]
+    fn resuming_ends_a_whole_line_that_lacks_its_newline() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.trim_end()).unwrap();
+        let mut writer = MetricsWriter::resume(&path, 30).unwrap();
+        writer.train(&train_row(31)).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20, 30, 31]);
+    }
+
+    #[test]
+    fn resuming_without_a_log_begins_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        MetricsWriter::resume(&path, 100).unwrap().train(&train_row(101)).unwrap();
+        assert_eq!(steps(&path), [101]);
+    }
+
+    #[test]
+    fn a_bad_line_is_named_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let text = fs::read_to_string(&path).unwrap().replacen("\"seq_len\":512", "\"seq_len\":\"x\"", 2);
+        fs::write(&path, &text).unwrap();
+        let message = read(&path).unwrap_err().to_string();
+        assert!(message.contains("metrics.jsonl:1:"), "{message}");
+        assert!(message.contains("i64"), "{message}");
+        assert!(MetricsWriter::resume(&path, 10).is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let message = read(Path::new("no/such/metrics.jsonl")).unwrap_err().to_string();
+        assert!(message.starts_with("no/such/metrics.jsonl: "), "{message}");
+    }
+}

@@ -1,0 +1,512 @@
+//! The training loop, readable top to bottom.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor, nn};
+use tracing::warn;
+
+use super::evaluation::{EvalOptions, evaluate, first_bytes, inputs_and_targets};
+use super::loss::{BITS_PER_NAT, cross_entropy};
+use super::lr_scheduler::{lr_for_step, seq_len_for_step};
+use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
+use super::run_dir::{RunDir, RunDirError};
+use super::tensorboard::{TensorBoardError, TensorBoardWriter};
+use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
+use crate::config::{Config, ConfigError, Precision, TrainConfig};
+use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
+use crate::libtorch::{self, cuda_memory, foreach_norm, host_memory};
+use crate::models::BitByteLM;
+use crate::utils::atomic::{WriteError, write_bytes};
+use crate::utils::device::{DeviceError, autocast, device};
+use crate::utils::optim::{AdamW, GradScaler, ScalerState, clip_gradients};
+
+/// Why a run cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A value that does not fit.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The device is absent.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The training or validation bytes cannot be used.
+    #[error("{key}: {source}")]
+    Data {
+        /// The key that names them.
+        key: &'static str,
+        /// What is wrong.
+        source: DataError,
+    },
+    /// A checkpoint cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The run directory cannot be used.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The configuration cannot be written beside the checkpoint.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The log cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// The event file cannot be written.
+    #[error(transparent)]
+    TensorBoard(#[from] TensorBoardError),
+    /// libtorch failed.
+    #[error(transparent)]
+    Libtorch(#[from] libtorch::Error),
+    /// The model is too large for the device.
+    #[error(
+        "training this model needs about {} on {device} ({} for weights, gradients and optimizer of {parameters} parameters, {} for activations), but {} are free: make model.d_model, model.n_layer, train.batch_size or data.seq_len smaller{}",
+        gib(needed.state + needed.activations), gib(needed.state), gib(needed.activations), gib(*free),
+        if *checkpointing { "" } else { ", or set train.checkpointing" }
+    )]
+    Memory {
+        /// The device, in words.
+        device: String,
+        /// Number of parameters.
+        parameters: i64,
+        /// Bytes needed.
+        needed: MemoryNeed,
+        /// Bytes free.
+        free: u64,
+        /// Whether checkpointing is on.
+        checkpointing: bool,
+    },
+    /// Too many steps in a row with a loss or gradient that is not finite.
+    #[error(
+        "{skipped} steps in a row had a loss or gradient that is not finite, up to step {step}: the weights are those of the last good step; resume from {} with a smaller optim.lr, or raise train.max_nonfinite",
+        checkpoint.as_deref().map_or("an earlier checkpoint (none was saved yet)".into(), |p| p.display().to_string())
+    )]
+    Diverged {
+        /// Steps skipped in a row.
+        skipped: u64,
+        /// The last of them.
+        step: u64,
+        /// The last checkpoint.
+        checkpoint: Option<PathBuf>,
+    },
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
+}
+
+/// Where a run starts from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Start {
+    /// Fresh weights.
+    Fresh,
+    /// A checkpoint's weights, at step 0.
+    Init(PathBuf),
+    /// A checkpoint's weights, optimizer state, step and position in the data.
+    Resume {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Whether its optimizer state is taken too (else the moments start at zero).
+        optimizer_state: bool,
+    },
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Optimizer steps done.
+    pub completed: u64,
+    /// Whether all steps of the configuration are done.
+    pub finished: bool,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+}
+
+/// A model with its optimizer and its place in a run.
+pub struct Trainer {
+    config: Config,
+    run: RunDir,
+    device: Device,
+    vs: nn::VarStore,
+    model: BitByteLM,
+    optimizer: AdamW,
+    scaler: Option<GradScaler>,
+    train_set: Arc<dyn ByteDataset>,
+    val_set: Option<Arc<dyn ByteDataset>>,
+    progress: Progress,
+    /// The newest checkpoint that is known to be good.
+    checkpoint: Option<PathBuf>,
+}
+
+/// libtorch's random generator is one for the whole process: while one model is drawn from its seed, no other
+/// may draw.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+/// What one optimizer step did.
+struct Step {
+    /// Mean loss over the micro-batches, nats per byte.
+    loss: f64,
+    /// L2 norm of the gradient before clipping.
+    grad_norm: f64,
+    /// Bytes predicted.
+    bytes: u64,
+}
+
+impl Trainer {
+    /// Builds the model on its device and brings it to `start`. The configuration must be resolved
+    /// against the checkpoint ([`crate::config::Layers::resolve`]). Nothing is written.
+    ///
+    /// # Errors
+    /// An absent device, too little memory, unusable data, a checkpoint that does not fit.
+    pub fn new(config: Config, start: Start) -> Result<Self, TrainError> {
+        config.validate()?;
+        let device = device(config.train.device)?;
+        check_memory(&config, device)?;
+        let train_set = open(&config.data.train, "data.train")?;
+        for (_, seq_len) in config.data.curriculum() {
+            config.data.order.windows(train_set.as_ref(), seq_len as usize).map_err(in_train_data)?;
+        }
+        let val_set = match &config.data.val {
+            Some(spec) if config.train.eval_every > 0 => Some(open(spec, "data.val")?),
+            _ => None,
+        };
+
+        // Drawn on the CPU, so that one seed gives the same weights on every device.
+        let mut vs = nn::VarStore::new(Device::Cpu);
+        let mut model = {
+            let _alone = GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            tch::manual_seed(config.train.seed as i64);
+            BitByteLM::new(&vs.root(), &config.model, &config.quant)
+        };
+        model.set_checkpointing(config.train.checkpointing);
+        let mut progress = Progress::default();
+        let mut scaler_state = ScalerState::default();
+        let loaded = match &start {
+            Start::Fresh => None,
+            Start::Init(path) | Start::Resume { path, .. } => Some(TrainingCheckpoint::open(path)?),
+        };
+        if let Some(checkpoint) = &loaded {
+            checkpoint.load_weights(&vs)?;
+        }
+        vs.set_device(device);
+        let mut optimizer = AdamW::new(vs.trainable_variables(), &config.optim);
+        if let (Some(checkpoint), Start::Resume { optimizer_state, .. }) = (&loaded, &start) {
+            if *optimizer_state {
+                checkpoint.load_optimizer(&mut optimizer)?;
+            }
+            progress = checkpoint.progress();
+            scaler_state = checkpoint.scaler().unwrap_or_default();
+        }
+        let scaler = (config.train.precision == Precision::Fp16).then(|| GradScaler::new(scaler_state, device));
+        let checkpoint = match &start {
+            Start::Resume { path, .. } => Some(path.clone()),
+            _ => None,
+        };
+        let run = RunDir::new(&config.train.out);
+        Ok(Self { config, run, device, vs, model, optimizer, scaler, train_set, val_set, progress, checkpoint })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &BitByteLM {
+        &self.model
+    }
+
+    /// The model's parameters.
+    pub fn var_store(&self) -> &nn::VarStore {
+        &self.vs
+    }
+
+    /// How far the run has come.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Where the model lives.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Trains until the configuration's last step, its `stop_at`, or until `interrupt` is set: then the
+    /// step at hand is finished and saved. Writes the run directory, which exists and may be written
+    /// ([`RunDir::create`]).
+    ///
+    /// # Errors
+    /// A full disk, divergence. The last checkpoint stays as it was.
+    pub fn train(&mut self, observer: &mut dyn TrainObserver, interrupt: &AtomicBool) -> Result<Summary, TrainError> {
+        let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
+        let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
+
+        let mut loader = self.loader(end)?;
+
+        self.run.ensure()?;
+        write_bytes(&self.run.config(), self.config.to_yaml().as_bytes())?;
+        let (mut metrics, mut board) = self.logs()?;
+
+        let mut saved = None;
+        let mut since = Lap::start(&loader);
+        while self.progress.completed < end && !interrupt.load(Ordering::SeqCst) {
+            let step = self.progress.completed;
+            let lr = lr_for_step(step, total, &self.config.optim);
+            let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
+            let done = self.step(lr, &mut loader)?;
+            since.bytes += done.bytes;
+            let last = self.progress.completed == total;
+
+            if self.progress.skipped_in_a_row > 0 {
+                warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
+                observer.on_message(&format!("step {step}: loss or gradient is not finite, step skipped"));
+            }
+            // A skipped step is always logged.
+            if step.is_multiple_of(log_every) || last || self.progress.skipped_in_a_row > 0 {
+                let row = self.row(step, lr, seq_len, &done, since.finish(&loader));
+                metrics.train(&row)?;
+                board.train(&row)?;
+                observer.on_step(&row);
+            }
+            if self.progress.skipped_in_a_row >= self.config.train.max_nonfinite {
+                let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
+                return Err(TrainError::Diverged { skipped, step, checkpoint });
+            }
+            let mut improved = false;
+            if let Some(val_set) = self.val_set.clone()
+                && (self.progress.completed.is_multiple_of(eval_every) || last)
+            {
+                let row = self.validate(step, val_set.as_ref())?;
+                improved = self.progress.best_val_loss.is_none_or(|best| row.val_loss < best);
+                if improved {
+                    self.progress.best_val_loss = Some(row.val_loss);
+                }
+                metrics.validation(&row)?;
+                board.validation(&row)?;
+                observer.on_validation(&row);
+            }
+            if improved || last || (save_every > 0 && self.progress.completed.is_multiple_of(save_every)) {
+                self.save(improved)?;
+                saved = Some(self.progress.completed);
+            }
+            if !since.running {
+                since = Lap::start(&loader);
+            }
+        }
+        if saved != Some(self.progress.completed) {
+            self.save(false)?;
+        }
+        Ok(Summary {
+            completed: self.progress.completed,
+            finished: self.progress.completed >= total,
+            checkpoint: self.run.latest(),
+        })
+    }
+
+    /// One optimizer step: forward and backward over the micro-batches, then clip and update.
+    fn step(&mut self, lr: f64, loader: &mut Loader) -> Result<Step, TrainError> {
+        let accumulate = self.config.train.grad_accum;
+        self.optimizer.zero_grad();
+        let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
+        let mut bytes = 0;
+        for _ in 0..accumulate {
+            // The plan covers every step that is run.
+            let Some(batch) = loader.next() else { unreachable!("the loader's plan ended before the run") };
+            let batch = batch.map_err(in_train_data)?;
+            let (inputs, targets) = inputs_and_targets(&batch.bytes, batch.rows, self.device);
+            let logits = autocast(self.device, self.config.train.precision, || self.model.forward(&inputs))?;
+            let loss = cross_entropy(&logits, &targets);
+            loss_sum += loss.detach();
+            let loss = loss / accumulate as f64;
+            match &self.scaler {
+                Some(scaler) => scaler.scale(&loss).backward(),
+                None => loss.backward(),
+            }
+            bytes += targets.numel() as u64;
+            self.progress.position = batch.position_after;
+        }
+        let loss = loss_sum / accumulate as f64;
+
+        let grads = self.optimizer.gradients();
+        let found_inf = Tensor::zeros([], (Kind::Float, self.device));
+        if let Some(scaler) = &self.scaler {
+            scaler.unscale(&grads, &found_inf)?;
+        }
+        let norm = foreach_norm(&grads)?;
+        let not_finite = norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float);
+        let found_inf = found_inf.maximum(&not_finite);
+        if self.config.optim.grad_clip > 0.0 {
+            clip_gradients(&grads, &norm, self.config.optim.grad_clip)?;
+        }
+        self.optimizer.step(lr, &found_inf)?;
+        if let Some(scaler) = &mut self.scaler {
+            scaler.update(&found_inf);
+        }
+
+        let skipped = found_inf.double_value(&[]) > 0.0;
+        self.progress.skipped += u64::from(skipped);
+        self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
+        self.progress.completed += 1;
+        self.progress.bytes_seen += bytes;
+        Ok(Step { loss: loss.double_value(&[]), grad_norm: norm.double_value(&[]), bytes })
+    }
+
+    /// Batches for the steps up to `end`, prepared ahead.
+    fn loader(&self, end: u64) -> Result<Loader, TrainError> {
+        let total = self.config.train.steps;
+        let curriculum = self.config.data.curriculum();
+        let plan = (self.progress.completed..end).map(move |s| seq_len_for_step(s, total, &curriculum) as usize);
+        let options = LoaderOptions {
+            order: self.config.data.order,
+            seed: self.config.data.seed,
+            start: self.progress.position,
+            batch_size: self.config.train.batch_size as usize,
+            grad_accum: self.config.train.grad_accum as usize,
+            rank: 0,
+            world: 1,
+        };
+        Loader::new(self.train_set.clone(), options, plan).map_err(in_train_data)
+    }
+
+    /// The logs, continued where the run is.
+    fn logs(&self) -> Result<(MetricsWriter, TensorBoardWriter), TrainError> {
+        let dir = self.run.dir();
+        match self.progress.completed.checked_sub(1) {
+            None => Ok((MetricsWriter::create(&self.run.metrics())?, TensorBoardWriter::create(dir, None)?)),
+            Some(last) => Ok((
+                MetricsWriter::resume(&self.run.metrics(), last)?,
+                TensorBoardWriter::create(dir, Some(self.progress.completed))?,
+            )),
+        }
+    }
+
+    fn row(&self, step: u64, lr: f64, seq_len: i64, done: &Step, lap: LapTime) -> TrainRow {
+        TrainRow {
+            step,
+            loss: done.loss,
+            bits_per_byte: done.loss * BITS_PER_NAT,
+            lr,
+            grad_norm: done.grad_norm,
+            seq_len,
+            bytes_seen: self.progress.bytes_seen,
+            bytes_per_second: lap.bytes_per_second,
+            skipped_steps: self.progress.skipped,
+            loss_scale: self.scaler.as_ref().map(|s| s.state().scale),
+            data_wait: lap.data_wait,
+            peak_memory_bytes: self.peak_memory(),
+        }
+    }
+
+    fn peak_memory(&self) -> u64 {
+        match self.device {
+            Device::Cuda(index) => cuda_memory(index).map_or(0, |memory| memory.peak),
+            _ => host_memory().peak,
+        }
+    }
+
+    fn validate(&self, step: u64, val_set: &dyn ByteDataset) -> Result<ValRow, TrainError> {
+        let seq_len = self.config.data.max_seq_len() as usize;
+        let options = EvalOptions { seq_len, stride: seq_len, precision: self.config.train.precision };
+        let documents = first_bytes(val_set, self.config.train.eval_bytes);
+        let found = evaluate(&self.model, &documents, options, self.device, |_| {})?;
+        Ok(ValRow { step, val_loss: found.loss, val_bits_per_byte: found.bits_per_byte(), bytes: found.bytes })
+    }
+
+    /// Writes a checkpoint and makes it the latest.
+    fn save(&mut self, best: bool) -> Result<(), TrainError> {
+        let path = self.run.after(self.progress.completed);
+        let last = self.progress.completed.saturating_sub(1);
+        let contents = Contents {
+            config: &self.config,
+            vs: &self.vs,
+            optimizer: &self.optimizer,
+            lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
+            scaler: self.scaler.as_ref().map(GradScaler::state),
+            progress: &self.progress,
+        };
+        contents.write(&path)?;
+        self.run.publish(self.progress.completed, self.config.train.keep, best)?;
+        self.checkpoint = Some(self.run.latest());
+        Ok(())
+    }
+}
+
+/// Time, bytes and waiting since the last row of the log.
+struct Lap {
+    began: Instant,
+    waited: f64,
+    bytes: u64,
+    running: bool,
+}
+
+struct LapTime {
+    bytes_per_second: f64,
+    data_wait: f64,
+}
+
+impl Lap {
+    fn start(loader: &Loader) -> Self {
+        Self { began: Instant::now(), waited: loader.wait_seconds(), bytes: 0, running: true }
+    }
+
+    /// Ends the lap: what follows (evaluation, saving) is not the step's time.
+    fn finish(&mut self, loader: &Loader) -> LapTime {
+        self.running = false;
+        let seconds = self.began.elapsed().as_secs_f64().max(1e-9);
+        LapTime {
+            bytes_per_second: self.bytes as f64 / seconds,
+            data_wait: (loader.wait_seconds() - self.waited) / seconds,
+        }
+    }
+}
+
+fn in_train_data(source: DataError) -> TrainError {
+    TrainError::Data { key: "data.train", source }
+}
+
+fn open(spec: &str, key: &'static str) -> Result<Arc<dyn ByteDataset>, TrainError> {
+    data::open(spec).map_err(|source| TrainError::Data { key, source })
+}
+
+/// Bytes that training takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryNeed {
+    /// Weights, gradients and AdamW's two moments: 16 bytes a parameter.
+    pub state: u64,
+    /// Activations of one micro-batch at the longest sequence, roughly.
+    pub activations: u64,
+}
+
+/// What training `config` takes, in bytes. Activations are estimated from the tensors that autograd
+/// keeps: per layer and token, in values of 4 bytes, 2 d with checkpointing (the inputs of both halves),
+/// else about 20 d + 8 d_ff; one half of a block is always live, and the logits three times.
+pub fn memory_need(config: &Config) -> MemoryNeed {
+    let m = &config.model;
+    let tokens = config.train.batch_size.saturating_mul(config.data.max_seq_len());
+    let layer = 20 * m.d_model + 8 * m.d_ff;
+    let kept = if config.train.checkpointing { 2 * m.d_model } else { layer };
+    let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;
+    MemoryNeed {
+        state: 16u64.saturating_mul(m.parameters() as u64),
+        activations: 4u64.saturating_mul(tokens.saturating_mul(values) as u64),
+    }
+}
+
+fn check_memory(config: &Config, device: Device) -> Result<(), TrainError> {
+    let free = match device {
+        Device::Cuda(index) => cuda_memory(index)?.free,
+        _ => host_memory().available,
+    };
+    let needed = memory_need(config);
+    // Zero: the system does not say.
+    if free > 0 && needed.state.saturating_add(needed.activations) > free {
+        return Err(TrainError::Memory {
+            device: format!("{device:?}").to_lowercase(),
+            parameters: config.model.parameters(),
+            needed,
+            free,
+            checkpointing: config.train.checkpointing,
+        });
+    }
+    Ok(())
+}
+
+/// The command that continues the run in `run`.
+pub fn resume_command(run: &RunDir, out: &Path) -> String {
+    format!("bbt train --config {} --out {} --resume auto", run.config().display(), out.display())
+}

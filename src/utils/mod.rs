@@ -1,0 +1,6 @@
+//! What training uses and a model does not know: optimizers and the gradient scaler,
+//! devices, files that are whole or not at all.
+
+pub mod atomic;
+pub mod device;
+pub mod optim;

@@ -1,0 +1,99 @@
+//! What the integration tests share: golden data, the binary, Python.
+#![allow(dead_code)] // each test file uses its part
+
+pub mod cli;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use bbt::config::{ActQuant, ModelConfig, QuantConfig, Ste};
+use bbt::models::BitByteLM;
+use tch::{Device, Tensor, nn};
+
+/// A folder of golden data: numbers written by the PyTorch original.
+pub struct Golden {
+    pub dir: PathBuf,
+    pub meta: serde_json::Value,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Golden {
+    pub fn open(name: &str) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let meta = std::fs::read(dir.join("meta.json")).expect("meta.json");
+        let meta = serde_json::from_slice(&meta).expect("meta.json is JSON");
+        // tch's own reader of safetensors: independent of ours.
+        let tensors = Tensor::read_safetensors(dir.join("golden.safetensors")).expect("golden.safetensors");
+        Self { dir, meta, tensors: tensors.into_iter().collect() }
+    }
+
+    pub fn tensor(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no golden tensor {name}"))
+    }
+
+    /// All tensors whose name starts with `prefix`, by the rest of their name.
+    pub fn with_prefix(&self, prefix: &str) -> HashMap<String, Tensor> {
+        let named = self.tensors.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?, t)));
+        named.map(|(name, t)| (name.to_string(), t.shallow_clone())).collect()
+    }
+
+    pub fn model_config(&self) -> ModelConfig {
+        let config = &self.meta["config"];
+        let get = |key: &str| config[key].as_i64().expect(key);
+        ModelConfig {
+            n_layer: get("n_layer"),
+            d_model: get("d_model"),
+            n_head: get("n_head"),
+            n_kv_head: config["n_kv_head"].as_i64(),
+            d_ff: get("d_ff"),
+            ..ModelConfig::default()
+        }
+    }
+
+    pub fn quant_config(&self, ste: Ste) -> QuantConfig {
+        let act = if self.meta["config"]["act_quant"] == true { ActQuant::Int8 } else { ActQuant::None };
+        QuantConfig { ste, act, ..QuantConfig::default() }
+    }
+}
+
+/// The two straight-through estimators with their names in the golden data.
+pub const STES: [(&str, Ste); 2] = [("identity", Ste::Identity), ("clipped", Ste::Clipped)];
+
+/// Largest difference relative to the largest value expected.
+pub fn relative_difference(actual: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(actual.size(), expected.size());
+    let largest = expected.abs().max().double_value(&[]).max(1e-30);
+    (actual - expected).abs().max().double_value(&[]) / largest
+}
+
+/// A model on the CPU with the given weights, by PyTorch's names.
+pub fn model_with(
+    config: &ModelConfig,
+    quant: &QuantConfig,
+    weights: &HashMap<String, Tensor>,
+) -> (nn::VarStore, BitByteLM) {
+    let vs = nn::VarStore::new(Device::Cpu);
+    let model = BitByteLM::new(&vs.root(), config, quant);
+    let _no_grad = tch::no_grad_guard();
+    for (name, mut variable) in vs.variables() {
+        variable.copy_(weights.get(&name).unwrap_or_else(|| panic!("no weight {name}")));
+    }
+    drop(_no_grad);
+    (vs, model)
+}
+
+/// Runs Python with the torch that the tests check against; panics, with its words, where it fails.
+/// `BBT_PYTHON` names another interpreter; LIBTORCH_USE_PYTORCH says that it has torch itself.
+pub fn python(args: &[&std::ffi::OsStr]) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let interpreter = std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into());
+    let mut command = std::process::Command::new(&interpreter);
+    command.args(args);
+    if root.join(".libtorch").exists() {
+        command.env("PYTHONPATH", root.join(".libtorch"));
+    }
+    let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", interpreter.display()));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "Python with torch is needed (`make libtorch` installs it): {stderr}");
+    String::from_utf8(output.stdout).expect("UTF-8 from Python")
+}

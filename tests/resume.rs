@@ -1,0 +1,132 @@
+//! Exact resume: N steps, or k steps, a new process's worth of state, and N - k steps, are the same run.
+
+mod common;
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use bbt::checkpoint::{Value, torch_file};
+use bbt::config::{Config, ModelConfig, Order, Precision};
+use bbt::training::metrics::{self, Row, TrainObserver, TrainRow};
+use bbt::training::{Start, Trainer};
+
+fn config(precision: Precision, order: Order, out: &Path) -> Config {
+    let mut config = Config {
+        model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
+        ..Config::default()
+    };
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin");
+    config.data.train = text.to_str().expect("a UTF-8 path").into();
+    config.data.val = Some(config.data.train.clone());
+    config.data.order = order;
+    // The window changes at step 5, within what the resumed run does or has behind it.
+    config.data.curriculum = Some(vec![(0.0, 16), (0.5, 24)]);
+    config.train.steps = 10;
+    config.train.batch_size = 2;
+    config.train.grad_accum = 3;
+    config.train.precision = precision;
+    config.train.log_every = 1;
+    config.train.eval_every = 4;
+    config.train.eval_bytes = Some(500);
+    config.train.save_every = 3;
+    config.train.out = out.into();
+    config
+}
+
+fn train(config: Config, start: Start) -> bool {
+    let mut trainer = Trainer::new(config, start).expect("a trainer");
+    trainer.train(&mut (), &AtomicBool::new(false)).expect("trains").finished
+}
+
+/// The log without what depends on the clock and the machine.
+fn log(dir: &Path) -> Vec<Row> {
+    let rows = metrics::read(&dir.join("metrics.jsonl")).expect("a log");
+    let timeless = |row| match row {
+        Row::Train(row) => Row::Train(TrainRow { bytes_per_second: 0.0, data_wait: 0.0, peak_memory_bytes: 0, ..row }),
+        val => val,
+    };
+    rows.into_iter().map(timeless).collect()
+}
+
+/// Everything in two checkpoints, down to the bits of each tensor, but for the directory's name.
+fn assert_same(a: &Value, b: &Value, key: &str) {
+    match (a, b) {
+        (Value::Tensor(a), Value::Tensor(b)) => {
+            assert_eq!((a.dtype(), &a.shape), (b.dtype(), &b.shape), "{key}");
+            assert!(a.contiguous_bytes() == b.contiguous_bytes(), "{key} differs");
+        }
+        (Value::Str(_), Value::Str(_)) if key.ends_with(".config") || key.ends_with(".out") => {}
+        (Value::Str(a), Value::Str(b)) => assert_eq!(a, b, "{key}"),
+        _ => {
+            let (x, y) = (a.entries(), b.entries());
+            assert_eq!((x.len(), a.elements().len()), (y.len(), b.elements().len()), "{key}");
+            for ((k, x), (l, y)) in x.iter().zip(y) {
+                assert_eq!(k, l, "{key}");
+                assert_same(x, y, &format!("{key}.{}", k.as_str().unwrap_or("?")));
+            }
+            for (x, y) in a.elements().iter().zip(b.elements()) {
+                assert_same(x, y, key);
+            }
+            if x.is_empty() && a.elements().is_empty() {
+                assert_eq!(a, b, "{key}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_resumed_run_is_bit_identical() {
+    for (precision, order) in [
+        (Precision::Fp32, Order::Shuffled),
+        (Precision::Fp32, Order::Random),
+        (Precision::Bf16, Order::Sequential),
+        (Precision::Fp16, Order::Shuffled),
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let whole = dir.path().join("whole");
+        assert!(train(config(precision, order, &whole), Start::Fresh));
+        for stop in [3, 5, 7] {
+            let parts = dir.path().join(format!("parts{stop}"));
+            let mut first = config(precision, order, &parts);
+            first.train.stop_at = Some(stop);
+            assert!(!train(first, Start::Fresh));
+            let resume = Start::Resume { path: parts.join("ckpt.pt"), optimizer_state: true };
+            assert!(train(config(precision, order, &parts), resume));
+            let read = |dir: &Path| torch_file::read(&dir.join("ckpt.pt")).expect("reads");
+            assert_same(&read(&whole), &read(&parts), "");
+            assert_eq!(log(&whole), log(&parts), "{precision:?} {order:?} {stop}");
+        }
+    }
+}
+
+#[test]
+fn what_a_killed_run_logged_past_its_checkpoint_is_logged_once() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut first = config(Precision::Fp32, Order::Shuffled, dir.path());
+    first.train.stop_at = Some(7);
+    train(first, Start::Fresh);
+    // As if killed after step 7 with the checkpoint of step 6 the newest.
+    std::fs::remove_file(dir.path().join("ckpt-00000007.pt")).expect("removes");
+    let resume = Start::Resume { path: dir.path().join("ckpt-00000006.pt"), optimizer_state: true };
+    train(config(Precision::Fp32, Order::Shuffled, dir.path()), resume);
+    let steps: Vec<u64> = log(dir.path()).iter().filter(|row| matches!(row, Row::Train(_))).map(Row::step).collect();
+    assert_eq!(steps, (0..10).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_interrupt_finishes_the_step_and_saves() {
+    struct Stop<'a>(&'a AtomicBool);
+    impl TrainObserver for Stop<'_> {
+        fn on_step(&mut self, row: &TrainRow) {
+            if row.step == 2 {
+                self.0.store(true, std::sync::atomic::Ordering::SeqCst);
+            }
+        }
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let interrupt = AtomicBool::new(false);
+    let mut trainer = Trainer::new(config(Precision::Fp32, Order::Shuffled, dir.path()), Start::Fresh).expect("new");
+    let summary = trainer.train(&mut Stop(&interrupt), &interrupt).expect("trains");
+    assert_eq!((summary.completed, summary.finished), (3, false));
+    assert!(dir.path().join("ckpt-00000003.pt").exists());
+}

@@ -1,0 +1,108 @@
+//! TensorBoard itself reads what `bbt::training::tensorboard` writes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bbt::training::metrics::{TrainRow, ValRow};
+use bbt::training::tensorboard::TensorBoardWriter;
+use serde_json::{Value, json};
+
+/// Every scalar of a directory of event files: tag to list of [step, value], NaN as null.
+const READ_SCALARS: &str = r#"
+import json, math, sys
+try:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+except ImportError as error:
+    sys.exit(f"{error}: this test needs the Python package tensorboard, which `make test` installs")
+accumulator = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0, "tensors": 0})
+accumulator.Reload()
+print(json.dumps({
+    tag: [[e.step, None if math.isnan(e.value) else e.value] for e in accumulator.Scalars(tag)]
+    for tag in accumulator.Tags()["scalars"]
+}))
+"#;
+
+fn read_scalars(directory: &Path) -> Value {
+    let python = std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into());
+    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".python-test");
+    let output = Command::new(&python)
+        .args(["-c", READ_SCALARS])
+        .arg(directory)
+        .env("PYTHONPATH", packages)
+        .output()
+        .unwrap_or_else(|error| panic!("{}: {error}: BBT_PYTHON names the Python to use", python.display()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn train_row(step: u64, loss: f64) -> TrainRow {
+    TrainRow {
+        step,
+        loss,
+        bits_per_byte: loss * 2.0,
+        lr: 0.125,
+        grad_norm: 0.5,
+        seq_len: 512,
+        bytes_seen: 4096,
+        bytes_per_second: 2048.0,
+        skipped_steps: 1,
+        loss_scale: Some(65536.0),
+        data_wait: 0.25,
+        peak_memory_bytes: 1 << 20,
+    }
+}
+
+#[test]
+fn tensorboard_reads_the_scalars() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = TensorBoardWriter::create(directory.path(), None).unwrap();
+    writer.train(&train_row(0, 2.5)).unwrap();
+    writer.train(&train_row(10, f64::NAN)).unwrap();
+    writer.validation(&ValRow { step: 10, val_loss: 2.25, val_bits_per_byte: 4.5, bytes: 100 }).unwrap();
+
+    // The writer is still open: every event is in the file already.
+    let expected = json!({
+        "train/loss": [[0, 2.5], [10, null]],
+        "train/bits_per_byte": [[0, 5.0], [10, null]],
+        "train/lr": [[0, 0.125], [10, 0.125]],
+        "train/grad_norm": [[0, 0.5], [10, 0.5]],
+        "train/seq_len": [[0, 512.0], [10, 512.0]],
+        "train/bytes_per_second": [[0, 2048.0], [10, 2048.0]],
+        "train/skipped_steps": [[0, 1.0], [10, 1.0]],
+        "train/loss_scale": [[0, 65536.0], [10, 65536.0]],
+        "train/data_wait": [[0, 0.25], [10, 0.25]],
+        "train/peak_memory_bytes": [[0, 1048576.0], [10, 1048576.0]],
+        "val/loss": [[10, 2.25]],
+        "val/bits_per_byte": [[10, 4.5]],
+    });
+    assert_eq!(read_scalars(directory.path()), expected);
+}
+
+#[test]
+fn a_resumed_run_replaces_the_steps_after_its_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut first = TensorBoardWriter::create(directory.path(), None).unwrap();
+    for (step, loss) in [(0, 3.0), (10, 2.5), (20, 2.0), (30, 1.5)] {
+        first.train(&train_row(step, loss)).unwrap();
+    }
+    // The checkpoint held steps 0 to 19.
+    let mut second = TensorBoardWriter::create(directory.path(), Some(20)).unwrap();
+    second.train(&train_row(20, 2.125)).unwrap();
+    assert_ne!(first.path(), second.path());
+
+    let scalars = read_scalars(directory.path());
+    assert_eq!(scalars["train/loss"], json!([[0, 3.0], [10, 2.5], [20, 2.125]]));
+}
+
+#[test]
+fn a_checkpoint_before_the_next_logged_step_drops_the_rows_it_will_not_repeat() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut first = TensorBoardWriter::create(directory.path(), None).unwrap();
+    for (step, loss) in [(0, 3.0), (10, 2.5), (20, 2.0)] {
+        first.train(&train_row(step, loss)).unwrap();
+    }
+    TensorBoardWriter::create(directory.path(), Some(15)).unwrap();
+
+    let scalars = read_scalars(directory.path());
+    assert_eq!(scalars["train/loss"], json!([[0, 3.0], [10, 2.5]]));
+}
