@@ -4,7 +4,6 @@
 
 PYTHON ?= python3
 TORCH_VERSION = 2.11.0
-TENSORBOARD_VERSION = 2.21.0
 
 CARGO = cargo
 BBT = target/release/bbt
@@ -43,14 +42,17 @@ endif
 build: libtorch
 	$(CARGO) build --release --locked
 
-# What the tests check against: TensorBoard reads our event files.
-.python-test/.tensorboard-$(TENSORBOARD_VERSION):
+# What the tests check against besides torch: TensorBoard reads our event files, safetensors our weights.
+TEST_PACKAGES = tensorboard==2.21.0 safetensors==0.8.0
+TEST_STAMP = .python-test/.installed-$(subst ==,-,$(subst $(eval) ,_,$(TEST_PACKAGES)))
+
+$(TEST_STAMP):
 	rm -rf .python-test
-	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test tensorboard==$(TENSORBOARD_VERSION)
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test $(TEST_PACKAGES)
 	touch $@
 
 # Tests run the release build: the one that is used, and built once.
-test: libtorch .python-test/.tensorboard-$(TENSORBOARD_VERSION)
+test: libtorch $(TEST_STAMP)
 	$(CARGO) test --release --locked
 
 # --- the demo -------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ test: libtorch .python-test/.tensorboard-$(TENSORBOARD_VERSION)
 
 CORPUS ?=
 # About three minutes on two cores; `make train STEPS=2000` is the whole of configs/tiny.yaml.
-STEPS ?= 180
+STEPS ?= 270
 
 ifeq ($(CORPUS),)
 CORPUS_DIR = corpus

@@ -1,5 +1,6 @@
 //! `bbt config`: the resolved configuration, and the flags that `train` shares with it.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use crate::config::{ConfigError, DeviceSpec, Layers};
@@ -164,6 +165,5 @@ impl ConfigArgs {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let config = args.config.layers()?.resolve(None)?;
-    print!("{}", config.to_yaml());
-    Ok(())
+    Ok(super::stdout().write_all(config.to_yaml().as_bytes())?)
 }

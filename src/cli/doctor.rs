@@ -1,30 +1,36 @@
 //! `bbt doctor`.
 
+use std::io::Write;
 use std::path::Path;
 
 use crate::libtorch::{cuda_memory, host_memory};
 
 /// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
+///
+/// Example:
+///   bbt doctor
 #[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
 pub struct Args {}
 
 pub fn run(_: Args) -> anyhow::Result<()> {
+    let mut out = super::stdout();
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
-    println!("bbt        {}", env!("CARGO_PKG_VERSION"));
-    println!("libtorch   {} in {}", env!("BBT_TORCH_VERSION"), env!("BBT_TORCH_LIB"));
-    println!("threads    {} for computing", tch::get_num_threads());
-    println!("memory     {} free", gib(host_memory().available));
-    println!("cpu        {}", cpu());
+    writeln!(out, "bbt        {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(out, "libtorch   {} in {}", env!("BBT_TORCH_VERSION"), env!("BBT_TORCH_LIB"))?;
+    writeln!(out, "threads    {} for computing", tch::get_num_threads())?;
+    writeln!(out, "memory     {} free", gib(host_memory().available))?;
+    writeln!(out, "cpu        {}", cpu())?;
     if tch::Cuda::is_available() {
         for index in 0..tch::Cuda::device_count() {
             match cuda_memory(index as usize) {
-                Ok(memory) => println!("cuda:{index}     {} free of {}", gib(memory.free), gib(memory.total)),
-                Err(error) => println!("cuda:{index}     {error}"),
+                Ok(memory) => writeln!(out, "cuda:{index}     {} free of {}", gib(memory.free), gib(memory.total))?,
+                Err(error) => writeln!(out, "cuda:{index}     {error}")?,
             }
         }
-        println!("cudnn      {}", if tch::Cuda::cudnn_is_available() { "yes" } else { "no" });
+        writeln!(out, "cudnn      {}", if tch::Cuda::cudnn_is_available() { "yes" } else { "no" })?;
     } else {
-        println!("cuda       none: {}", why_no_cuda());
+        writeln!(out, "cuda       none: {}", why_no_cuda())?;
     }
     Ok(())
 }

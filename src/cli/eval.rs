@@ -1,5 +1,6 @@
 //! `bbt eval`.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -75,7 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let device = device(args.device)?;
     let set = data::open(&args.data).context("--data")?;
-    let (_vs, mut model) = load_model(&args.ckpt, device)?;
+    let (_vs, mut model) = load_model(&super::checkpoint(&args.ckpt)?, device)?;
     model.freeze();
     let documents = first_bytes(set.as_ref(), args.max_bytes);
     let total: u64 = documents.iter().map(|d| d.len() as u64 - 1).sum();
@@ -86,6 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut bar = super::progress::BytesProgress::new("evaluating", total);
     let found = evaluate(&model, &documents, options, device, |bytes| bar.update(bytes))?;
     bar.finish();
+    let mut out = super::stdout();
     if args.json {
         let object = serde_json::json!({
             "loss": found.loss,
@@ -94,9 +96,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "seq_len": args.seq_len,
             "stride": stride,
         });
-        println!("{object}");
+        writeln!(out, "{object}")?;
     } else {
-        println!("{:.4} bits per byte ({:.4} nats) over {} bytes", found.bits_per_byte(), found.loss, found.bytes);
+        let (bits, loss, bytes) = (found.bits_per_byte(), found.loss, found.bytes);
+        writeln!(out, "{bits:.4} bits per byte ({loss:.4} nats) over {bytes} bytes")?;
     }
     Ok(())
 }

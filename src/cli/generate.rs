@@ -73,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError("the prompt is empty: give at least one byte to continue".into()).into());
     }
     let device = device(args.device)?;
-    let (_vs, mut model) = load_model(&args.ckpt, device)?;
+    let (_vs, mut model) = load_model(&super::checkpoint(&args.ckpt)?, device)?;
     model.freeze();
     let sampling = Sampling {
         temperature: args.temperature,
@@ -81,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         top_p: args.top_p,
         seed: args.seed,
     };
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if !args.json {
         out.write_all(&bytes)?;
         out.flush()?;

@@ -14,14 +14,17 @@ mod progress;
 mod spelling;
 mod train;
 
-use std::io::IsTerminal;
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::training::{RunDir, RunDirError};
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
 #[derive(Parser)]
@@ -62,9 +65,15 @@ struct Completions {
     shell: clap_complete::Shell,
 }
 
+fn parsed(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut command = spelling::with_underscores(Cli::command());
+    let matches = command.try_get_matches_from_mut(args)?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(spelling::normalise(std::env::args_os())) {
+    let cli = match parsed(std::env::args_os()) {
         Ok(cli) => cli,
         // clap's own: help and version on stdout with status 0, usage errors on stderr with 2.
         Err(error) => error.exit(),
@@ -79,10 +88,10 @@ pub fn main() -> ExitCode {
         Err(panic) => anyhow::anyhow!(panic_message(panic.as_ref())),
     };
     // A reader of our output that has seen enough (`| head`) is no failure.
-    if error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(is_broken_pipe)) {
+    if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_broken_pipe)) {
         return ExitCode::SUCCESS;
     }
-    let red = if std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+    let red = if io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
         ("\x1b[1;31m", "\x1b[0m")
     } else {
         ("", "")
@@ -115,8 +124,8 @@ fn describe(error: &anyhow::Error) -> String {
 #[error("{0}")]
 struct UsageError(String);
 
-fn is_broken_pipe(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::BrokenPipe
+fn is_broken_pipe(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
@@ -142,7 +151,7 @@ fn set_up_logging() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal())
         .init();
 }
 
@@ -158,10 +167,40 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Config(args) => config::run(*args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(Completions { shell }) => {
-            clap_complete::generate(shell, &mut Cli::command(), "bbt", &mut std::io::stdout());
-            Ok(())
+            let mut script = vec![];
+            clap_complete::generate(shell, &mut Cli::command(), "bbt", &mut script);
+            Ok(stdout().write_all(&script)?)
         }
     }
+}
+
+/// Standard output, locked. Unlike `println!` it does not panic where that is full or closed.
+fn stdout() -> impl Write {
+    Stdout(io::stdout().lock())
+}
+
+/// Its errors say whose they are.
+struct Stdout(io::StdoutLock<'static>);
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(on_stdout)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(on_stdout)
+    }
+}
+
+fn on_stdout(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("standard output: {error}"))
+}
+
+/// The checkpoint that `--ckpt` names: a file, or the newest of a run directory.
+fn checkpoint(path: &Path) -> Result<PathBuf, RunDirError> {
+    if !path.is_dir() {
+        return Ok(path.into());
+    }
+    RunDir::new(path).newest().ok_or_else(|| RunDirError::NoCheckpoint(path.into()))
 }
 
 /// Sets the number of threads that libtorch computes with.
@@ -174,8 +213,8 @@ fn set_threads(threads: Option<usize>) {
 /// The arguments of this process: for tests of the parser.
 #[cfg(test)]
 fn parse<const N: usize>(args: [&str; N]) -> Result<Command, clap::Error> {
-    let args = std::iter::once("bbt").chain(args).map(std::ffi::OsString::from);
-    Cli::try_parse_from(spelling::normalise(args)).map(|cli| cli.command)
+    let args = std::iter::once("bbt").chain(args).map(OsString::from);
+    parsed(args).map(|cli| cli.command)
 }
 
 #[cfg(test)]

@@ -1,23 +1,19 @@
 //! Both spellings of every flag: `--n-layer`, and argparse's `--n_layer`.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use clap::{Arg, Command};
 
-/// Turns underscores in the names of long flags into hyphens. Values stay as they are, also those
-/// behind `=`, and so does everything after `--`.
-pub fn normalise(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    let mut flags_end = false;
-    args.map(move |arg| {
-        flags_end |= arg == OsStr::new("--");
-        let bytes = arg.as_bytes();
-        if flags_end || !bytes.starts_with(b"--") {
-            return arg;
-        }
-        let name = bytes.iter().position(|&b| b == b'=').unwrap_or(bytes.len());
-        let mut bytes = bytes.to_vec();
-        bytes[2..name].iter_mut().filter(|b| **b == b'_').for_each(|b| *b = b'-');
-        OsString::from_vec(bytes)
-    })
+/// Lets every flag of `command` and of its subcommands be spelled with underscores, too. Help and
+/// completions show the hyphens alone.
+pub fn with_underscores(command: Command) -> Command {
+    command.mut_args(aliased).mut_subcommands(with_underscores)
+}
+
+fn aliased(arg: Arg) -> Arg {
+    let Some(name) = arg.get_long().filter(|name| name.contains('-')).map(|name| name.replace('-', "_")) else {
+        return arg;
+    };
+    // clap wants names that live as long as the process, which is how long they are of use.
+    arg.alias(&*name.leak())
 }
 
 #[cfg(test)]
@@ -26,8 +22,16 @@ mod tests {
 
     #[test]
     fn names_change_and_values_do_not() {
-        let given = ["bbt", "--n_layer", "a_b", "--out=runs/a_b", "-x_y", "--", "--n_layer"];
-        let expected = ["bbt", "--n-layer", "a_b", "--out=runs/a_b", "-x_y", "--", "--n_layer"];
-        assert!(normalise(given.map(OsString::from).into_iter()).eq(expected.map(OsString::from)));
+        let flag = |name: &'static str| Arg::new(name).long(name).allow_hyphen_values(true);
+        let command = Command::new("bbt").subcommand(Command::new("go").arg(flag("n-layer")).arg(flag("out")));
+        let mut command = with_underscores(command);
+        for spelling in [["--n_layer", "a_b-c"], ["--n-layer", "a_b-c"], ["--n-layer", "--a_b"], ["--out", "--n_layer"]]
+        {
+            let given = ["bbt", "go"].into_iter().chain(spelling);
+            let matches = command.try_get_matches_from_mut(given).unwrap();
+            let matches = matches.subcommand_matches("go").unwrap();
+            let value = ["n-layer", "out"].into_iter().find_map(|name| matches.get_one::<String>(name));
+            assert_eq!(value.map(String::as_str), Some(spelling[1]));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! `bbt train`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "CKPT|auto", help_heading = "Start")]
     resume: Option<PathBuf>,
     /// With --resume: leave the checkpoint's optimizer state, starting the moments at zero
-    #[arg(long, requires = "resume", help_heading = "Start")]
+    #[arg(long, help_heading = "Start")]
     no_opt_state: bool,
     /// Start at step 0 with a checkpoint's weights
     #[arg(long, value_name = "CKPT", conflicts_with = "resume", help_heading = "Start")]
@@ -68,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             return Ok(());
         }
         // Continuing elsewhere is a new run there.
-        if !path.starts_with(run.dir()) {
+        if !lies_in(path, run.dir()) {
             run.create(args.allow_overwrite)?;
         }
     } else {
@@ -96,6 +96,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("to go on: {}", resume_command(&run, &out));
     }
     Ok(())
+}
+
+/// Whether the file at `path` is one of the directory `dir`, however both are spelled.
+fn lies_in(path: &Path, dir: &Path) -> bool {
+    match (path.canonicalize(), dir.canonicalize()) {
+        (Ok(path), Ok(dir)) => path.parent() == Some(dir.as_path()),
+        _ => false,
+    }
 }
 
 fn start(args: &Args, run: &RunDir) -> Result<Start, UsageError> {

@@ -89,9 +89,8 @@ pub fn python(args: &[&std::ffi::OsStr]) -> String {
     let interpreter = std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into());
     let mut command = std::process::Command::new(&interpreter);
     command.args(args);
-    if root.join(".libtorch").exists() {
-        command.env("PYTHONPATH", root.join(".libtorch"));
-    }
+    let packages = [".libtorch", ".python-test"].map(|dir| root.join(dir));
+    command.env("PYTHONPATH", std::env::join_paths(packages.iter().filter(|p| p.exists())).expect("a path list"));
     let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", interpreter.display()));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "Python with torch is needed (`make libtorch` installs it): {stderr}");
