@@ -604,10 +604,14 @@ fn with_line(error: &serde_yaml::Error, text: &str) -> String {
     if message.contains(" at line ") {
         return message;
     }
-    let line = message
-        .split('`')
-        .nth(1)
-        .and_then(|key| text.lines().position(|line| line.trim_start_matches(['"', '\'', '{', ' ']).starts_with(key)));
+    let Some(key) = message.split('`').nth(1) else { return message };
+    let names_key = |line: &str| {
+        let line = line.trim_start_matches(['"', '\'', '{', ' ']);
+        line.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
+    };
+    let mut lines = (0..).zip(text.lines()).filter(|(_, line)| names_key(line)).map(|(index, _)| index);
+    // Of a key that stands twice, the second is the mistake.
+    let line: Option<usize> = if message.starts_with("duplicate") { lines.nth(1) } else { lines.next() };
     match line {
         Some(index) => format!("{message} at line {}", index + 1),
         None => message,

@@ -1,5 +1,6 @@
 //! `bbt inspect`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -25,25 +26,26 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let path = &args.path;
+    let (path, out) = (&args.path, &mut super::stdout());
     let extension = path.extension().and_then(|e| e.to_str());
     match extension {
-        Some("safetensors") => safetensors(path),
-        Some("pt" | "pth" | "ckpt") => checkpoint(path),
+        Some("safetensors") => safetensors(out, path),
+        Some("pt" | "pth" | "ckpt") => checkpoint(out, path),
         _ => match path.is_dir().then(|| RunDir::new(path).newest()).flatten() {
-            Some(newest) => checkpoint(&newest),
-            None => shards(path),
+            Some(newest) => checkpoint(out, &newest),
+            None => shards(out, path),
         },
     }
 }
 
-fn checkpoint(path: &Path) -> anyhow::Result<()> {
+fn checkpoint(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
     let value = torch_file::read(path)?;
-    println!("{}", path.display());
+    writeln!(out, "{}", path.display())?;
     match TrainingCheckpoint::open(path) {
         Ok(checkpoint) => {
             let (model, progress) = (checkpoint.model_config(), checkpoint.progress());
-            println!(
+            writeln!(
+                out,
                 "BitByteLM: {} parameters, {} layers × {}, {} heads ({} key/value), d_ff {}",
                 model.parameters(),
                 model.n_layer,
@@ -51,48 +53,48 @@ fn checkpoint(path: &Path) -> anyhow::Result<()> {
                 model.n_head,
                 model.kv_heads(),
                 model.d_ff
-            );
-            println!("after {} steps, {} bytes seen", progress.completed, progress.bytes_seen);
+            )?;
+            writeln!(out, "after {} steps, {} bytes seen", progress.completed, progress.bytes_seen)?;
         }
-        Err(error) => println!("no checkpoint that bbt trains: {error}"),
+        Err(error) => writeln!(out, "no checkpoint that bbt trains: {error}")?,
     }
-    println!();
+    writeln!(out)?;
     let mut rows = vec![];
     flatten("", &value, &mut rows);
-    table(&rows);
+    table(out, &rows)?;
     Ok(())
 }
 
-fn safetensors(path: &Path) -> anyhow::Result<()> {
+fn safetensors(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
     let (tensors, metadata) = safetensors_file::read(path)?;
-    println!("{}\n", path.display());
+    writeln!(out, "{}\n", path.display())?;
     let mut rows: Vec<[String; 3]> = tensors.iter().map(|(name, tensor)| tensor_row(name, tensor)).collect();
     let mut metadata: Vec<_> = metadata.into_iter().collect();
     metadata.sort();
     rows.extend(metadata.into_iter().map(|(key, value)| [format!("metadata.{key}"), "str".into(), short(&value)]));
-    table(&rows);
+    table(out, &rows)?;
     Ok(())
 }
 
-fn shards(path: &Path) -> anyhow::Result<()> {
+fn shards(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
     if let Some(report) = manifest(path)? {
-        println!("{}\n", path.display());
+        writeln!(out, "{}\n", path.display())?;
         let mut rows = vec![["split".to_string(), "shards".into(), "bytes".into()]];
         for (name, split) in [("train", Some(report.train)), ("val", report.val)] {
             if let Some(split) = split {
                 rows.push([name.into(), split.shards.to_string(), split.bytes.to_string()]);
             }
         }
-        table(&rows);
+        table(out, &rows)?;
         return Ok(());
     }
     let set = data::open(&path.to_string_lossy())?;
-    println!("{}: {} shards, {} bytes\n", path.display(), set.shards().len(), set.total_bytes());
+    writeln!(out, "{}: {} shards, {} bytes\n", path.display(), set.shards().len(), set.total_bytes())?;
     let rows = set.shards().iter().map(|shard| {
         let name = shard.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         [name, "bytes".into(), shard.bytes().len().to_string()]
     });
-    table(&rows.collect::<Vec<_>>());
+    table(out, &rows.collect::<Vec<_>>())?;
     Ok(())
 }
 
@@ -161,10 +163,11 @@ fn short(text: &str) -> String {
     if cut.len() < text.len() { format!("{cut}…") } else { cut }
 }
 
-fn table(rows: &[[String; 3]]) {
+fn table(out: &mut impl Write, rows: &[[String; 3]]) -> std::io::Result<()> {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let (a, b) = (width(0), width(1));
     for [name, kind, text] in rows {
-        println!("{}", format!("{name:a$}  {kind:b$}  {text}").trim_end());
+        writeln!(out, "{}", format!("{name:a$}  {kind:b$}  {text}").trim_end())?;
     }
+    Ok(())
 }

@@ -57,7 +57,8 @@ enum Command {
 
 /// Print a completion script for a shell
 ///
-/// Example: bbt completions bash > ~/.local/share/bash-completion/completions/bbt
+/// Example:
+///   bbt completions bash > ~/.local/share/bash-completion/completions/bbt
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 struct Completions {

@@ -10,7 +10,8 @@ use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
 use crate::checkpoint::TrainingCheckpoint;
-use crate::training::{RunDir, Start, Trainer, resume_command};
+use crate::libtorch::exit_at_once;
+use crate::training::{RunDir, Start, Trainer};
 
 /// Train a model, or continue training it
 ///
@@ -79,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let flag = interrupt.clone();
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+            exit_at_once(130);
         }
         eprintln!("\nfinishing the step, then saving; once more to exit at once");
     })
@@ -93,7 +94,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("done: {} steps, {}", summary.completed, summary.checkpoint.display());
     } else {
         eprintln!("stopped after step {} of {total}, saved {}", summary.completed, summary.checkpoint.display());
-        eprintln!("to go on: {}", resume_command(&run, &out));
+        eprintln!("to go on: {}", trainer.resume_command());
     }
     Ok(())
 }

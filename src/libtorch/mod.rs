@@ -5,6 +5,7 @@
 //! touches libtorch is in this folder.
 
 mod autocast;
+mod exit;
 mod ffi;
 mod foreach;
 mod memory;
@@ -12,6 +13,7 @@ mod recompute;
 mod storage;
 
 pub use autocast::{Autocast, AutocastDtype};
+pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};
 pub use memory::{CudaMemory, HostMemory, cuda_memory, host_memory};
 pub use recompute::recompute_in_backward;

@@ -9,4 +9,4 @@ pub mod tensorboard;
 mod trainer;
 
 pub use run_dir::{RunDir, RunDirError};
-pub use trainer::{MemoryNeed, Start, Summary, TrainError, Trainer, memory_need, resume_command};
+pub use trainer::{MemoryNeed, Start, Summary, TrainError, Trainer, memory_need};

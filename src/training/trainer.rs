@@ -78,7 +78,8 @@ pub enum TrainError {
     },
     /// Too many steps in a row with a loss or gradient that is not finite.
     #[error(
-        "{skipped} steps in a row had a loss or gradient that is not finite, up to step {step}: the weights are those of the last good step; resume from {} with a smaller optim.lr, or raise train.max_nonfinite",
+        "{skipped} steps in a row had a loss or gradient that is not finite, up to step {}: go on from {} or an earlier one with a smaller optim.lr, or raise train.max_nonfinite",
+        step + 1,
         checkpoint.as_deref().map_or("an earlier checkpoint (none was saved yet)".into(), |p| p.display().to_string())
     )]
     Diverged {
@@ -226,6 +227,14 @@ impl Trainer {
         self.device
     }
 
+    /// The command that goes on with this run after its last checkpoint.
+    pub fn resume_command(&self) -> String {
+        let (config, out) = (quoted(&self.run.config()), quoted(&self.config.train.out));
+        // The saved configuration stops where the run is by then.
+        let further = if self.config.train.stop_at.is_some() { " --set train.stop_at=null" } else { "" };
+        format!("bbt train --config {config} --out {out} --resume auto{further}")
+    }
+
     /// Trains until the configuration's last step, its `stop_at`, or until `interrupt` is set: then the
     /// step at hand is finished and saved. Writes the run directory, which exists and may be written
     /// ([`RunDir::create`]).
@@ -254,7 +263,7 @@ impl Trainer {
 
             if self.progress.skipped_in_a_row > 0 {
                 warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
-                observer.on_message(&format!("step {step}: loss or gradient is not finite, step skipped"));
+                observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
             }
             // A skipped step is always logged.
             if step.is_multiple_of(log_every) || last || self.progress.skipped_in_a_row > 0 {
@@ -272,7 +281,8 @@ impl Trainer {
                 && (self.progress.completed.is_multiple_of(eval_every) || last)
             {
                 let row = self.validate(step, val_set.as_ref())?;
-                improved = self.progress.best_val_loss.is_none_or(|best| row.val_loss < best);
+                improved =
+                    row.val_loss.is_finite() && self.progress.best_val_loss.is_none_or(|best| row.val_loss < best);
                 if improved {
                     self.progress.best_val_loss = Some(row.val_loss);
                 }
@@ -280,7 +290,9 @@ impl Trainer {
                 board.validation(&row)?;
                 observer.on_validation(&row);
             }
-            if improved || last || (save_every > 0 && self.progress.completed.is_multiple_of(save_every)) {
+            // Not while steps are skipped: what is kept from before is what a diverged run can go back to.
+            let due = save_every > 0 && self.progress.completed.is_multiple_of(save_every);
+            if last || ((improved || due) && self.progress.skipped_in_a_row == 0) {
                 self.save(improved)?;
                 saved = Some(self.progress.completed);
             }
@@ -506,7 +518,11 @@ fn check_memory(config: &Config, device: Device) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// The command that continues the run in `run`.
-pub fn resume_command(run: &RunDir, out: &Path) -> String {
-    format!("bbt train --config {} --out {} --resume auto", run.config().display(), out.display())
+/// A path as a shell reads it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.chars().all(|c| c.is_alphanumeric() || "/._-+,:@%".contains(c)) {
+        return text;
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Checks bbt on a CUDA device against the CPU and prints a short table.
+#
+#   tests/gpu/run.sh                    with target/release/bbt
+#   BBT=./bbt DEVICE=cuda:1 tests/gpu/run.sh
+#
+# A binary built elsewhere runs with that machine's own libtorch 2.11.0:
+#   LD_LIBRARY_PATH=$(python3 -c 'import os, torch; print(os.path.dirname(torch.__file__))')/lib
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+bbt=${BBT:-$root/target/release/bbt}
+device=${DEVICE:-cuda}
+text=$root/tests/fixtures/bitbyte_tiny/text.bin
+init=$root/tests/fixtures/bitbyte_tiny/init.pt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+
+row() { printf '%-34s %-28s %s\n' "$1" "$2" "$3"; }
+check() { # name, what was seen, condition for python
+  if python3 -c "import sys; sys.exit(not ($3))"; then row "$1" "$2" ok; else row "$1" "$2" FAILED; failed=1; fi
+}
+losses() { python3 -c 'import json, sys; print([r["loss"] for r in map(json.loads, open(sys.argv[1])) if "loss" in r])' "$1/metrics.jsonl"; }
+last() { python3 -c 'import json, sys; print([r for r in map(json.loads, open(sys.argv[1])) if "loss" in r][-1][sys.argv[2]])' "$1/metrics.jsonl" "$2"; }
+train() { # out, device, precision, further flags
+  "$bbt" train --data "$text" --init "$init" --out "$1" --device "$2" --set train.precision="$3" \
+    --set data.order=sequential --seq_len 64 --batch_size 2 --steps 20 --lr 3e-3 --log_every 1 "${@:4}" 2>"$work/err" \
+    || { cat "$work/err"; exit 1; }
+}
+
+"$bbt" doctor
+echo
+row check seen result
+train "$work/cpu" cpu fp32
+for precision in fp32 bf16 fp16; do
+  train "$work/$precision" "$device" "$precision"
+  worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/cpu"), $(losses "$work/$precision"))))")
+  # Rounding to int8 and ternary makes small differences grow.
+  case $precision in fp32) bound=0.01 ;; *) bound=0.15 ;; esac
+  check "20 steps $precision against the CPU" "largest difference $worst" "$worst < $bound"
+done
+
+train "$work/checkpointed" "$device" fp32 --set train.checkpointing=true
+train "$work/plain" "$device" fp32 --no_ckpt
+worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/plain"), $(losses "$work/checkpointed"))))")
+check "checkpointing on and off" "largest difference $worst" "$worst < 0.01"
+
+train "$work/parts" "$device" fp32 --set train.stop_at=9
+"$bbt" train --config "$work/parts/config.yaml" --set train.stop_at=null --resume auto 2>/dev/null
+worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/fp32"), $(losses "$work/parts"))))")
+check "20 steps in two runs" "largest difference $worst" "$worst < 0.01"
+
+for d in cpu "$device"; do
+  "$bbt" eval --ckpt "$work/fp32/ckpt.pt" --data "$text" --seq_len 64 --device "$d" --json >"$work/eval-${d%%:*}"
+done
+a=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "$work/eval-cpu")
+b=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "$work/eval-${device%%:*}")
+check "its checkpoint evaluated on both" "$a $b" "abs($a - $b) < 1e-3"
+
+for on in true false; do
+  "$bbt" train --data "$text" --out "$work/m$on" --device "$device" --n_layer 12 --d_model 512 --n_head 8 --d_ff 1408 \
+    --seq_len 2048 --batch_size 4 --steps 6 --log_every 1 --set train.checkpointing=$on 2>/dev/null
+  row "12 x 512, 2048, checkpointing $on" "$(last "$work/m$on" peak_memory_bytes) bytes" "$(last "$work/m$on" bytes_per_second) bytes/s"
+done
+exit $failed
