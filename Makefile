@@ -60,7 +60,7 @@ test: libtorch $(TEST_STAMP)
 
 CORPUS ?=
 # About three minutes on two cores; `make train STEPS=2000` is the whole of configs/tiny.yaml.
-STEPS ?= 270
+STEPS ?= 250
 
 ifeq ($(CORPUS),)
 CORPUS_DIR = corpus

@@ -3,6 +3,7 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -11,14 +12,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bbt::checkpoint::{Dtype, Storage, TensorData, TrainingCheckpoint, Value, pickle, safetensors_file, torch_file};
 use proptest::prelude::*;
 
-/// Counts the largest single request: a damaged file must not make a reader ask for much.
+/// Counts the largest single request, and all bytes that a thread asks for: a damaged file must not make a
+/// reader ask for much, at once or in many parts.
 struct Counting;
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    static ASKED: Cell<usize> = const { Cell::new(0) };
+}
 
 // SAFETY: every call is passed on to the system's allocator as it is.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        ASKED.set(ASKED.get().saturating_add(layout.size()));
         // SAFETY: the caller's promises are those of the system's allocator.
         unsafe { System.alloc(layout) }
     }
@@ -97,6 +103,8 @@ def describe(x):
         return ["tuple" if isinstance(x, tuple) else "list", [describe(y) for y in x]]
     if isinstance(x, (torch.dtype, torch.device)):
         return ["str", str(x)]
+    if isinstance(x, bytes):
+        return ["bytes", list(x)]
     return [type(x).__name__, repr(x) if isinstance(x, float) else x]
 "#;
 
@@ -170,7 +178,8 @@ value = {
                                             torch.int16, torch.int8, torch.uint8, torch.bool)],
     "empty": torch.empty(0, 3), "zero": torch.tensor(7.5), "parameter": torch.nn.Parameter(torch.ones(2)),
     "plain": [None, True, False, 0, 255, 256, -1, 2**31, -2**40, 2**62, 1.5, -0.1, 1e300, "text äöü", (), (1,), (1, 2, 3), (1, 2, 3, 4)],
-    "size": tuple(base.shape), "dtype": torch.bfloat16, "nested": {1: {2: [{}]}}, -5: "negative key",
+    "size": base.shape, "dtype": torch.bfloat16, "devices": [torch.device("cpu"), torch.device("cuda:1")],
+    "bytes": bytes(range(256)), "nested": {1: {2: [{}]}}, -5: "negative key",
 }
 torch.save(value, sys.argv[1])
 print(json.dumps(describe(value)))
@@ -211,6 +220,8 @@ fn what_bbt_writes_plain_torch_load_reads() {
         (Value::Int(-3), Value::Tuple(vec![Value::None, Value::Bool(true), Value::Float(f64::NAN)])),
         (str("ints"), Value::List([0, 255, 256, 65535, 65536, -1, i64::MIN, i64::MAX].map(Value::Int).into())),
         (str("text"), str("zwei Zeilen\nund ein ✓")),
+        (str("bytes"), Value::List(vec![Value::Bytes((0..=255).collect()), Value::Bytes(vec![])])),
+        (str("nothing"), Value::List(vec![Value::List(vec![]), Value::Tuple(vec![]), Value::Dict(vec![])])),
         (str("floats"), Value::List([0.0, 1.5, 1e-8, -2.5e300].map(Value::Float).into())),
         (str("empty"), Value::Tensor(TensorData::contiguous(Storage::new(Dtype::F32, vec![]), vec![0, 3]))),
     ]);
@@ -414,6 +425,58 @@ fn a_pickle_that_unfolds_without_end_is_refused() {
     assert!(error.contains("beyond its storage"), "{error}");
 }
 
+#[test]
+fn a_value_used_again_and_again_is_not_copied_each_time() {
+    let long = "a".repeat(30_000);
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    // Each puts a global or an OrderedDict into the memo as 0, a large argument as 1, and nothing on the stack.
+    let setups = [
+        (
+            "attributes",
+            [&b"ccollections\nOrderedDict\n)Rq\x000}("[..], &b"NN".repeat(15_000), b"uq\x010"].concat(),
+            "h0h1b0",
+        ),
+        ("Size", [&b"ctorch\nSize\nq\x000("[..], &b")".repeat(30_000), b"t\x85q\x010"].concat(), "h0h1R0"),
+        ("device", [&b"ctorch\ndevice\nq\x000"[..], &text(&long), b"\x85q\x010"].concat(), "h0h1R0"),
+        ("bytes", [&b"c_codecs\nencode\nq\x000"[..], &text(&long), &text("latin1"), b"\x86q\x010"].concat(), "h0h1R0"),
+    ];
+    let mut load = |_: &str, _: Dtype, _: usize| Err("no storage".to_string());
+    for (what, setup, again) in setups {
+        let again = again.replace("h0", "h\0").replace("h1", "h\x01").repeat(5000);
+        let pickled = [&b"\x80\x02"[..], &setup, again.as_bytes(), b"N."].concat();
+        ASKED.set(0);
+        let _ = pickle::parse(&pickled, &mut load);
+        let times = ASKED.get() / pickled.len();
+        assert!(times < 1000, "{what}: {} bytes of pickle asked for {times} times as many", pickled.len());
+    }
+}
+
+#[test]
+fn what_is_no_checkpoint_is_called_what_it_is() {
+    let dir = temporary();
+    let path = dir.path().join("other.pt");
+    let message = |path: &Path| torch_file::read(path).expect_err("refuses").to_string();
+    let script = "module = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(4)])\n\
+                  torch.jit.trace(module, torch.zeros(1, 2)).save(sys.argv[1])";
+    let legacy = "torch.save({'a': torch.zeros(2)}, sys.argv[1], _use_new_zipfile_serialization=False)";
+    for (code, expected) in [(script, "TorchScript"), (legacy, "old format")] {
+        python(code, &path);
+        assert!(message(&path).contains(expected), "{}", message(&path));
+    }
+    let whole = std::fs::read(fixture("bitbyte_tiny/init.pt")).expect("init.pt");
+    for (bytes, expected) in [(&b""[..], "no checkpoint"), (b"text", "no checkpoint"), (&whole[..9999], "cut off")] {
+        std::fs::write(&path, bytes).expect("writes");
+        assert!(message(&path).contains(expected), "{}", message(&path));
+    }
+    // A pipe that nobody writes to must not be waited for.
+    let pipe = dir.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo").success());
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(torch_file::read(&pipe).map(drop).map_err(|e| e.to_string())));
+    let read = receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits for the pipe");
+    assert!(read.expect_err("refuses").contains("is no file"));
+}
+
 fn values() -> impl Strategy<Value = Value> {
     let tensor = (0..Dtype::ALL.len(), prop::collection::vec(0..4usize, 0..4)).prop_map(|(dtype, shape)| {
         let dtype = Dtype::ALL[dtype];
@@ -426,6 +489,7 @@ fn values() -> impl Strategy<Value = Value> {
         any::<i64>().prop_map(Value::Int),
         prop::num::f64::NORMAL.prop_map(Value::Float),
         ".{0,20}".prop_map(Value::Str),
+        prop::collection::vec(any::<u8>(), 0..20).prop_map(Value::Bytes),
         tensor,
     ];
     leaf.prop_recursive(4, 64, 6, |inner| {

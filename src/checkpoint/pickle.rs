@@ -35,6 +35,8 @@ pub type LoadStorage<'a> = dyn FnMut(&str, Dtype, usize) -> Result<Arc<Storage>,
 
 /// Containers may nest this deep.
 const MAX_DEPTH: usize = 64;
+/// The longest name of a device and key of a storage: "cuda:0" and "17" in earnest.
+const MAX_NAME: usize = 64;
 
 /// Index of a node in the machine's arena.
 type Id = usize;
@@ -46,6 +48,7 @@ enum Global {
     RebuildParameter,
     Size,
     Device,
+    Encode,
     Storage(Dtype),
 }
 
@@ -56,7 +59,11 @@ enum Node {
     List(Vec<Id>),
     Tuple(Vec<Id>),
     Dict(Vec<(Id, Id)>),
-    OrderedDict { items: Vec<(Id, Id)>, attributes: Vec<(Id, Id)> },
+    /// Its attributes are the dict that BUILD set: shared, since a copy could be asked for again and again.
+    OrderedDict {
+        items: Vec<(Id, Id)>,
+        attributes: Option<Id>,
+    },
     Global(Global),
     Storage(Arc<Storage>),
 }
@@ -68,6 +75,8 @@ struct Machine<'a, 'b> {
     stack: Vec<Id>,
     marks: Vec<usize>,
     memo: HashMap<u64, Id>,
+    /// How many more values there may be, a long one counting as several.
+    budget: usize,
     load: &'a mut LoadStorage<'b>,
 }
 
@@ -76,11 +85,13 @@ struct Machine<'a, 'b> {
 /// # Errors
 /// A global that is not allowed, damage, a storage that `load` refuses.
 pub fn parse(input: &[u8], load: &mut LoadStorage) -> Result<Value, PickleError> {
-    let mut machine = Machine { input, at: 0, nodes: vec![], stack: vec![], marks: vec![], memo: HashMap::new(), load };
-    let result = machine.run()?;
     // A value costs at least a byte of pickle, and is rarely used again: what unfolds to many times the
     // input's length was made to.
-    let mut budget = input.len().saturating_mul(4).saturating_add(1024);
+    let budget = input.len().saturating_mul(4).saturating_add(1024);
+    let (nodes, stack, marks, memo) = (vec![], vec![], vec![], HashMap::new());
+    let mut machine = Machine { input, at: 0, nodes, stack, marks, memo, budget, load };
+    let result = machine.run()?;
+    let mut budget = machine.budget;
     machine.value(result, 0, &mut budget)
 }
 
@@ -307,7 +318,7 @@ impl Machine<'_, '_> {
                 }
                 0x93 => {
                     let (name, module) = (self.pop()?, self.pop()?);
-                    let node = global(&self.string(module)?, &self.string(name)?)?;
+                    let node = global(self.string(module)?, self.string(name)?)?;
                     self.push(node);
                 }
                 b'Q' => {
@@ -317,8 +328,7 @@ impl Machine<'_, '_> {
                 }
                 b'R' => {
                     let (arguments, callable) = (self.pop()?, self.pop()?);
-                    let node = self.reduce(callable, arguments)?;
-                    self.push(node);
+                    self.reduce(callable, arguments)?;
                 }
                 b'b' => {
                     let (state, target) = (self.pop()?, self.top()?);
@@ -329,10 +339,18 @@ impl Machine<'_, '_> {
         }
     }
 
-    fn string(&self, id: Id) -> Result<String, PickleError> {
+    fn string(&self, id: Id) -> Result<&str, PickleError> {
         match &self.nodes[id] {
-            Node::Plain(Value::Str(text)) => Ok(text.clone()),
+            Node::Plain(Value::Str(text)) => Ok(text),
             _ => Err(self.damaged("a string is expected")),
+        }
+    }
+
+    /// The string `id`, if it is no longer than any name in earnest.
+    fn name(&self, id: Id) -> Result<String, PickleError> {
+        match self.string(id)? {
+            text if text.len() <= MAX_NAME => Ok(text.into()),
+            _ => Err(self.damaged("a name is too long")),
         }
     }
 
@@ -365,50 +383,73 @@ impl Machine<'_, '_> {
         if self.string(tag)? != "storage" {
             return Err(self.damaged("a persistent id is no storage"));
         }
-        let (key, numel) = (self.string(key)?, self.size(numel)?);
+        let (key, numel) = (self.name(key)?, self.size(numel)?);
         (self.load)(&key, dtype, numel).map_err(PickleError::Storage)
     }
 
-    fn reduce(&mut self, callable: Id, arguments: Id) -> Result<Node, PickleError> {
+    /// Pushes what `callable` gives for `arguments`.
+    fn reduce(&mut self, callable: Id, arguments: Id) -> Result<(), PickleError> {
         let Node::Global(callable) = self.nodes[callable] else {
             return Err(self.damaged("it calls what is no function"));
         };
-        let arguments = self.tuple(arguments)?;
-        match (callable, arguments) {
-            (Global::OrderedDict, []) => Ok(Node::OrderedDict { items: vec![], attributes: vec![] }),
-            (Global::Size, &[elements]) => Ok(Node::Tuple(self.tuple(elements)?.to_vec())),
-            (Global::Device, &[name, ..]) => Ok(Node::Plain(Value::Str(self.string(name)?))),
+        let value = match (callable, self.tuple(arguments)?) {
+            (Global::OrderedDict, []) => {
+                self.push(Node::OrderedDict { items: vec![], attributes: None });
+                return Ok(());
+            }
+            (Global::Size, &[elements]) => {
+                self.tuple(elements)?;
+                self.stack.push(elements);
+                return Ok(());
+            }
+            (Global::Device, &[name]) => Value::Str(self.name(name)?),
+            (Global::Device, &[name, index]) => Value::Str(format!("{}:{}", self.name(name)?, self.size(index)?)),
+            (Global::Encode, &[text, encoding]) if self.string(encoding)? == "latin1" => {
+                let text = self.string(text)?;
+                let bytes = text.chars().map(u8::try_from).collect::<Result<Vec<_>, _>>();
+                let bytes = bytes.map_err(|_| self.damaged("a byte string has characters that are no bytes"))?;
+                self.budget = self.rest_of(self.budget, bytes.len())?;
+                Value::Bytes(bytes)
+            }
             (Global::RebuildTensor, &[storage, offset, shape, strides, requires_grad, ..]) => {
                 let Node::Storage(storage) = &self.nodes[storage] else {
                     return Err(self.damaged("a tensor has no storage"));
                 };
                 let (offset, shape, strides) = (self.size(offset)?, self.sizes(shape)?, self.sizes(strides)?);
                 let requires_grad = matches!(self.nodes[requires_grad], Node::Plain(Value::Bool(true)));
-                let tensor = TensorData::view(storage.clone(), offset, shape, strides)
-                    .ok_or_else(|| self.damaged("a tensor reaches beyond its storage"))?;
-                Ok(Node::Plain(Value::Tensor(TensorData { requires_grad, ..tensor })))
+                let tensor = TensorData::view(storage.clone(), offset, shape, strides).ok_or_else(|| {
+                    self.damaged("a tensor reaches beyond its storage, or is expanded: clone() it first")
+                })?;
+                Value::Tensor(TensorData { requires_grad, ..tensor })
             }
             (Global::RebuildParameter, &[data, requires_grad, ..]) => {
                 let Node::Plain(Value::Tensor(data)) = &self.nodes[data] else {
                     return Err(self.damaged("a parameter has no tensor"));
                 };
                 let requires_grad = matches!(self.nodes[requires_grad], Node::Plain(Value::Bool(true)));
-                Ok(Node::Plain(Value::Tensor(TensorData { requires_grad, ..data.clone() })))
+                Value::Tensor(TensorData { requires_grad, ..data.clone() })
             }
-            _ => Err(self.damaged("a function has other arguments than it takes")),
-        }
+            _ => return Err(self.damaged("a function has other arguments than it takes")),
+        };
+        self.plain(value);
+        Ok(())
     }
 
     fn build(&mut self, target: Id, state: Id) -> Result<(), PickleError> {
-        let Node::Dict(state) = &self.nodes[state] else {
+        if !matches!(self.nodes[state], Node::Dict(_)) {
             return Err(self.damaged("attributes are no dict"));
-        };
-        let state = state.clone();
+        }
         match &mut self.nodes[target] {
-            Node::OrderedDict { attributes, .. } => attributes.extend(state),
+            Node::OrderedDict { attributes: attributes @ None, .. } => *attributes = Some(state),
+            Node::OrderedDict { .. } => return Err(self.damaged("attributes are set twice")),
             _ => return Err(self.damaged("attributes are set on what has none")),
         }
         Ok(())
+    }
+
+    /// What is left of `budget` after a copy of `bytes`: what is long may be used again and again.
+    fn rest_of(&self, budget: usize, bytes: usize) -> Result<usize, PickleError> {
+        budget.checked_sub(bytes / 16).ok_or_else(|| self.damaged("it unfolds to too much"))
     }
 
     /// The finished value of a node. `budget` is how many more values there may be.
@@ -420,24 +461,23 @@ impl Machine<'_, '_> {
         let mut all =
             |ids: &[Id]| ids.iter().map(|&id| self.value(id, depth + 1, budget)).collect::<Result<Vec<_>, _>>();
         Ok(match &self.nodes[id] {
-            Node::Plain(value @ (Value::Str(_) | Value::Bytes(_))) => {
-                // Long strings count by their length: they may be used again and again.
-                let length = match value {
+            Node::Plain(value) => {
+                let bytes = match value {
                     Value::Str(text) => text.len(),
                     Value::Bytes(bytes) => bytes.len(),
+                    Value::Tensor(tensor) => size_of_val(&tensor.shape[..]) + size_of_val(&tensor.strides[..]),
                     _ => 0,
                 };
-                *budget = budget.checked_sub(length / 16).ok_or_else(|| self.damaged("it unfolds to too much"))?;
+                *budget = self.rest_of(*budget, bytes)?;
                 value.clone()
             }
-            Node::Plain(value) => value.clone(),
             Node::List(elements) => Value::List(all(elements)?),
             Node::Tuple(elements) => Value::Tuple(all(elements)?),
             Node::Dict(items) => Value::Dict(self.entries(items, depth, budget)?),
             Node::OrderedDict { items, attributes } => Value::OrderedDict {
                 items: self.entries(items, depth, budget)?,
                 attributes: self
-                    .entries(attributes, depth, budget)?
+                    .entries(self.attributes(*attributes), depth, budget)?
                     .into_iter()
                     .map(|(name, value)| match name {
                         Value::Str(name) => Ok((name, value)),
@@ -447,6 +487,13 @@ impl Machine<'_, '_> {
             },
             Node::Global(_) | Node::Storage(_) => return Err(self.damaged("a class stands where a value should")),
         })
+    }
+
+    fn attributes(&self, id: Option<Id>) -> &[(Id, Id)] {
+        match id.map(|id| &self.nodes[id]) {
+            Some(Node::Dict(attributes)) => attributes,
+            _ => &[],
+        }
     }
 
     fn entries(
@@ -470,6 +517,8 @@ fn global(module: &str, name: &str) -> Result<Node, PickleError> {
         ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
         ("torch", "Size") => Global::Size,
         ("torch", "device") => Global::Device,
+        // Protocol 2 has no opcode for bytes: they are a string and its encoding.
+        ("_codecs", "encode") => Global::Encode,
         ("torch", class) if class.ends_with("Storage") => {
             let dtype = Dtype::ALL.into_iter().find(|dtype| dtype.storage_class() == class);
             Global::Storage(dtype.ok_or_else(refused)?)
@@ -486,7 +535,7 @@ fn global(module: &str, name: &str) -> Result<Node, PickleError> {
 /// Pickles `value`, protocol 2. Returns the storages of its tensors in the order of their keys "0", "1", …
 ///
 /// # Errors
-/// A value nested too deep to be read back.
+/// A value nested too deep to be read back; a string or bytes of 4 GiB.
 pub fn write(value: &Value) -> Result<(Vec<u8>, Vec<Arc<Storage>>), PickleError> {
     let mut writer = Writer { out: vec![0x80, 2], storages: vec![], keys: HashMap::new() };
     writer.value(value, 0)?;
@@ -504,7 +553,7 @@ struct Writer {
 impl Writer {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), PickleError> {
         if depth > MAX_DEPTH {
-            return Err(PickleError::Damaged { at: self.out.len(), message: "the value is nested too deep".into() });
+            return Err(self.refused("the value is nested too deep"));
         }
         match value {
             Value::None => self.out.push(b'N'),
@@ -515,12 +564,13 @@ impl Writer {
                 self.out.push(b'G');
                 self.out.extend(x.to_be_bytes());
             }
-            Value::Str(text) => self.text(text),
-            // Protocol 2 has no opcode for bytes; those of protocol 3 are read all the same.
+            Value::Str(text) => self.text(text)?,
+            // As Python does where protocol 2 has no opcode; `torch.load` takes no other form.
             Value::Bytes(bytes) => {
-                self.out.push(b'B');
-                self.out.extend((bytes.len() as u32).to_le_bytes());
-                self.out.extend(bytes);
+                self.out.extend(b"c_codecs\nencode\n(");
+                self.text(&bytes.iter().map(|&byte| char::from(byte)).collect::<String>())?;
+                self.text("latin1")?;
+                self.out.extend(b"tR");
             }
             Value::List(elements) => {
                 self.out.extend(b"](");
@@ -542,13 +592,13 @@ impl Writer {
                 if !attributes.is_empty() {
                     self.out.extend(b"}(");
                     for (name, value) in attributes {
-                        self.text(name);
+                        self.text(name)?;
                         self.value(value, depth + 1)?;
                     }
                     self.out.extend(b"ub");
                 }
             }
-            Value::Tensor(tensor) => self.tensor(tensor),
+            Value::Tensor(tensor) => self.tensor(tensor)?,
         }
         Ok(())
     }
@@ -578,24 +628,31 @@ impl Writer {
         }
     }
 
-    fn text(&mut self, text: &str) {
+    fn text(&mut self, text: &str) -> Result<(), PickleError> {
+        let length = u32::try_from(text.len());
+        let length = length.map_err(|_| self.refused("a string has 4 GiB or more"))?;
         self.out.push(b'X');
-        self.out.extend((text.len() as u32).to_le_bytes());
+        self.out.extend(length.to_le_bytes());
         self.out.extend(text.as_bytes());
+        Ok(())
+    }
+
+    fn refused(&self, message: &str) -> PickleError {
+        PickleError::Damaged { at: self.out.len(), message: message.into() }
     }
 
     /// `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, OrderedDict())`
-    fn tensor(&mut self, tensor: &TensorData) {
+    fn tensor(&mut self, tensor: &TensorData) -> Result<(), PickleError> {
         let new = self.storages.len();
         let key = *self.keys.entry(Arc::as_ptr(&tensor.storage)).or_insert(new);
         if key == new {
             self.storages.push(tensor.storage.clone());
         }
         self.out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-        self.text("storage");
+        self.text("storage")?;
         self.out.extend(format!("ctorch\n{}\n", tensor.dtype().storage_class()).as_bytes());
-        self.text(&key.to_string());
-        self.text("cpu");
+        self.text(&key.to_string())?;
+        self.text("cpu")?;
         self.int(tensor.storage.len() as i64);
         self.out.extend(b"tQ");
         self.int(tensor.offset as i64);
@@ -606,5 +663,6 @@ impl Writer {
         }
         self.out.push(if tensor.requires_grad { 0x88 } else { 0x89 });
         self.out.extend(b"ccollections\nOrderedDict\n)RtR");
+        Ok(())
     }
 }

@@ -33,10 +33,11 @@ impl AsRef<[u8]> for MapRange {
 /// Maps `path` into memory.
 pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
     let error = |source| CheckpointError::Read { path: path.into(), source };
-    let file = File::open(path).map_err(error)?;
-    if !file.metadata().map_err(error)?.is_file() {
+    // Before it is opened: opening a pipe waits for its writer.
+    if !path.metadata().map_err(error)?.is_file() {
         return Err(CheckpointError::content(path, "is no file: name a checkpoint"));
     }
+    let file = File::open(path).map_err(error)?;
     // SAFETY: the map is only read. Checkpoints are replaced by renaming, never changed in place, by us and
     // by PyTorch; a file that somebody truncates meanwhile ends the process, as it would any mapped reader.
     let map = unsafe { Mmap::map(&file) }.map_err(error)?;
@@ -57,14 +58,7 @@ struct Entry {
 pub fn read(path: &Path) -> Result<Value, CheckpointError> {
     let error = |message: String| CheckpointError::content(path, message);
     let map = map(path)?;
-    let entries = entries(&map).map_err(error)?;
-    // All names lie in one folder, which has the name that the file was first saved under.
-    let folder = entries.keys().find_map(|name| name.strip_suffix("data.pkl").map(String::from));
-    let folder =
-        folder.ok_or_else(|| error("is a zip archive without data.pkl: no checkpoint of torch.save".into()))?;
-    if entries.contains_key(&format!("{folder}constants.pkl")) {
-        return Err(error("is a TorchScript archive: save a checkpoint with torch.save".into()));
-    }
+    let (folder, entries) = entries(&map).map_err(error)?;
     let bytes = |name: &str| match entries.get(&format!("{folder}{name}")) {
         None => Ok(None),
         Some(entry) => {
@@ -79,7 +73,9 @@ pub fn read(path: &Path) -> Result<Value, CheckpointError> {
         None | Some((b"little", _)) => {}
         Some(_) => return Err(error("is big-endian: save it on a little-endian machine".into())),
     }
-    let pickled = bytes("data.pkl").map_err(error)?.map_or(&[][..], |(bytes, _)| bytes);
+    let pickled = bytes("data.pkl").map_err(error)?;
+    let (pickled, _) =
+        pickled.ok_or_else(|| error("is a zip archive without data.pkl: no checkpoint of torch.save".into()))?;
     let mut storages: HashMap<String, Arc<Storage>> = HashMap::new();
     let mut load = |key: &str, dtype: super::Dtype, numel: usize| {
         if let Some(storage) = storages.get(key) {
@@ -99,8 +95,9 @@ pub fn read(path: &Path) -> Result<Value, CheckpointError> {
     pickle::parse(pickled, &mut load).map_err(|e| error(e.to_string()))
 }
 
-/// The archive's entries by name. Each lies within the file.
-fn entries(map: &[u8]) -> Result<HashMap<String, Entry>, String> {
+/// The folder that a checkpoint's files lie in, with its slash, and all entries by name. Each lies within the
+/// file, and none within another.
+fn entries(map: &[u8]) -> Result<(String, HashMap<String, Entry>), String> {
     if map.starts_with(&[0x80]) {
         return Err("is in PyTorch's old format (before 1.6): load it there and torch.save it again".into());
     }
@@ -109,6 +106,19 @@ fn entries(map: &[u8]) -> Result<HashMap<String, Entry>, String> {
     }
     let damaged = |e: zip::result::ZipError| format!("is damaged or cut off: {e}");
     let mut archive = ZipArchive::new(Cursor::new(map)).map_err(damaged)?;
+    let names = archive.file_names().collect::<Result<Vec<_>, _>>().map_err(damaged)?;
+    // All files lie in one folder, which has the name that the file was first saved under; PyTorch, too,
+    // takes it from the first.
+    let folder = names.first().and_then(|name| name.split_once('/')).map(|(folder, _)| format!("{folder}/"));
+    let folder = folder.unwrap_or_default();
+    if names.iter().any(|name| *name == format!("{folder}constants.pkl")) {
+        return Err("is a TorchScript archive: save a checkpoint with torch.save".into());
+    }
+    drop(names);
+    // Otherwise a small file could have the same bytes checked any number of times.
+    if archive.has_overlapping_files().map_err(damaged)? {
+        return Err("is damaged: its entries overlap".into());
+    }
     let mut entries = HashMap::new();
     for index in 0..archive.len() {
         let file = archive.by_index_raw(index).map_err(damaged)?;
@@ -128,7 +138,7 @@ fn entries(map: &[u8]) -> Result<HashMap<String, Entry>, String> {
             return Err(format!("is damaged: it has {name} twice"));
         }
     }
-    Ok(entries)
+    Ok((folder, entries))
 }
 
 /// Writes `value` to `path`, whole or not at all. The same value gives the same bytes.

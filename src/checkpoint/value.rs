@@ -185,9 +185,10 @@ impl PartialEq for TensorData {
 }
 
 fn contiguous_strides(shape: &[usize]) -> Vec<usize> {
-    let mut strides = vec![1; shape.len()];
+    let mut strides = vec![1usize; shape.len()];
     for i in (1..shape.len()).rev() {
-        strides[i - 1] = strides[i] * shape[i].max(1);
+        // Where one size is 0, the others may multiply to anything: such strides say nothing.
+        strides[i - 1] = strides[i].saturating_mul(shape[i].max(1));
     }
     strides
 }
@@ -283,5 +284,20 @@ impl Value {
     /// Whether this is None.
     pub fn is_none(&self) -> bool {
         matches!(self, Self::None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_beside_a_zero_may_multiply_to_anything() {
+        // A header of a few bytes can ask for this.
+        let shape = vec![0, 1 << 62, 8];
+        let tensor = TensorData::contiguous(Storage::new(Dtype::F32, vec![]), shape.clone());
+        assert_eq!(tensor.strides, [usize::MAX, 8, 1]);
+        let view = TensorData::view(tensor.storage.clone(), 0, shape, vec![0; 3]).expect("no element lies outside");
+        assert!(view.contiguous_bytes().is_empty());
     }
 }
