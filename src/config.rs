@@ -419,7 +419,7 @@ pub struct TrainConfig {
     pub log_every: u64,
     /// Evaluate every so many steps, and at the end; 0: never.
     pub eval_every: u64,
-    /// Evaluate on the first so many bytes of `data.val`; null: on all of it.
+    /// Evaluate on about so many bytes of `data.val`, in pieces spread evenly over it; null: on all of it.
     pub eval_bytes: Option<u64>,
     /// Save every so many steps, and at the end; 0: at the end only.
     pub save_every: u64,

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use crate::checkpoint::load_model;
 use crate::config::{DeviceSpec, Precision};
 use crate::data;
-use crate::training::evaluation::{EvalOptions, evaluate, first_bytes};
+use crate::training::evaluation::{EvalOptions, evaluate, sample};
 use crate::utils::device::device;
 
 /// Held-out loss of a checkpoint: every byte after a shard's first, predicted once
@@ -36,7 +36,7 @@ pub struct Args {
     /// Distance of windows, up to --seq-len (default: --seq-len, no overlap)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     stride: Option<u64>,
-    /// Only the first so many bytes of the data
+    /// Only about so many bytes of the data, in pieces spread evenly over it
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
     max_bytes: Option<u64>,
     /// auto, cpu, cuda or cuda:N
@@ -78,7 +78,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let set = data::open(&args.data).context("--data")?;
     let (_vs, mut model) = load_model(&super::checkpoint(&args.ckpt)?, device)?;
     model.freeze();
-    let documents = first_bytes(set.as_ref(), args.max_bytes);
+    let documents = sample(set.as_ref(), args.max_bytes);
     let total: u64 = documents.iter().map(|d| d.len() as u64 - 1).sum();
     if total == 0 {
         anyhow::bail!("--data {}: nothing to predict, every shard has a single byte", args.data);

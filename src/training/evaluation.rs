@@ -108,18 +108,28 @@ pub fn evaluate(
     Ok(Evaluation { loss: if bytes == 0 { f64::NAN } else { total / bytes as f64 }, bytes })
 }
 
-/// The shards of `set`, cut off after `limit` bytes in all.
-pub fn first_bytes(set: &dyn ByteDataset, limit: Option<u64>) -> Vec<&[u8]> {
-    let mut left = limit.unwrap_or(u64::MAX);
-    let mut documents = vec![];
-    for shard in set.shards() {
-        let take = left.min(shard.bytes().len() as u64);
-        left -= take;
-        if take > 1 {
-            documents.push(&shard.bytes()[..take as usize]);
-        }
-    }
-    documents
+/// Pieces that part of a data set is taken in.
+const PIECES: u64 = 16;
+
+/// The shards of `set`; or, where a `limit` is less than all of it, about so many bytes of it in 16 pieces
+/// spread evenly: its beginning alone may be unlike the rest. Each piece is a document of its own.
+pub fn sample(set: &dyn ByteDataset, limit: Option<u64>) -> Vec<&[u8]> {
+    let whole: Vec<&[u8]> = set.shards().iter().map(|shard| shard.bytes()).collect();
+    let total = set.total_bytes();
+    let Some(limit) = limit.filter(|&limit| limit < total) else { return whole };
+    let pieces = PIECES.min(limit / 2).max(1);
+    let length = limit / pieces;
+    let starts = (0..pieces).map(|i| (u128::from(i) * u128::from(total - length) / u128::from(PIECES)) as u64);
+    let piece = |start: u64| {
+        let mut before = 0;
+        whole.iter().find_map(|shard| {
+            let at = start - before;
+            let end = (at + length).min(shard.len() as u64);
+            before += shard.len() as u64;
+            (at < shard.len() as u64).then(|| &shard[at as usize..end as usize])
+        })
+    };
+    starts.filter_map(piece).collect()
 }
 
 /// `rows` rows of bytes as tokens: `[rows, width]` int64 on `device`.
@@ -157,6 +167,25 @@ mod tests {
                 assert!(counted.into_iter().eq(0..n.saturating_sub(1)), "{n} {seq_len} {stride}");
             }
         }
+    }
+
+    #[test]
+    fn a_sample_is_spread_over_all_shards_and_a_large_limit_takes_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        for shard in 0..4u8 {
+            std::fs::write(dir.path().join(format!("shard_{shard}.bin")), vec![shard; 1000]).unwrap();
+        }
+        let set = crate::data::open(dir.path().to_str().unwrap()).unwrap();
+        let pieces = sample(set.as_ref(), Some(320));
+        assert_eq!((pieces.len(), pieces[0].len()), (16, 20));
+        assert!(pieces.iter().map(|p| p.len()).sum::<usize>() <= 320);
+        for shard in 0..4 {
+            assert!(pieces.iter().filter(|p| p[0] == shard).count() >= 3);
+        }
+        for limit in [None, Some(4000), Some(1 << 40)] {
+            assert_eq!(sample(set.as_ref(), limit).iter().map(|p| p.len()).collect::<Vec<_>>(), [1000; 4]);
+        }
+        assert_eq!(sample(set.as_ref(), Some(2)).len(), 1);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor, nn};
 use tracing::warn;
 
-use super::evaluation::{EvalOptions, evaluate, first_bytes, inputs_and_targets};
+use super::evaluation::{EvalOptions, evaluate, inputs_and_targets, sample};
 use super::loss::{BITS_PER_NAT, cross_entropy};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step};
 use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
@@ -414,7 +414,7 @@ impl Trainer {
     fn validate(&self, step: u64, val_set: &dyn ByteDataset) -> Result<ValRow, TrainError> {
         let seq_len = self.config.data.max_seq_len() as usize;
         let options = EvalOptions { seq_len, stride: seq_len, precision: self.config.train.precision };
-        let documents = first_bytes(val_set, self.config.train.eval_bytes);
+        let documents = sample(val_set, self.config.train.eval_bytes);
         let found = evaluate(&self.model, &documents, options, self.device, |_| {})?;
         Ok(ValRow { step, val_loss: found.loss, val_bits_per_byte: found.bits_per_byte(), bytes: found.bytes })
     }
