@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor, nn};
 use tracing::warn;
@@ -276,6 +276,7 @@ impl Trainer {
                 let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
                 return Err(TrainError::Diverged { skipped, step, checkpoint });
             }
+            let aside = Instant::now();
             let mut improved = false;
             if let Some(val_set) = self.val_set.clone()
                 && (self.progress.completed.is_multiple_of(eval_every) || last)
@@ -296,6 +297,7 @@ impl Trainer {
                 self.save(improved)?;
                 saved = Some(self.progress.completed);
             }
+            since.aside += aside.elapsed();
             if !since.running {
                 since = Lap::start(&loader);
             }
@@ -443,6 +445,8 @@ struct Lap {
     began: Instant,
     waited: f64,
     bytes: u64,
+    /// Spent on evaluation and saving, which is not the steps' time.
+    aside: Duration,
     running: bool,
 }
 
@@ -453,13 +457,13 @@ struct LapTime {
 
 impl Lap {
     fn start(loader: &Loader) -> Self {
-        Self { began: Instant::now(), waited: loader.wait_seconds(), bytes: 0, running: true }
+        Self { began: Instant::now(), waited: loader.wait_seconds(), bytes: 0, aside: Duration::ZERO, running: true }
     }
 
-    /// Ends the lap: what follows (evaluation, saving) is not the step's time.
+    /// Ends the lap.
     fn finish(&mut self, loader: &Loader) -> LapTime {
         self.running = false;
-        let seconds = self.began.elapsed().as_secs_f64().max(1e-9);
+        let seconds = self.began.elapsed().saturating_sub(self.aside).as_secs_f64().max(1e-9);
         LapTime {
             bytes_per_second: self.bytes as f64 / seconds,
             data_wait: (loader.wait_seconds() - self.waited) / seconds,
