@@ -75,3 +75,30 @@ impl BitLinear {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Precision;
+    use crate::utils::device::autocast;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn quantizers_compute_in_fp32_under_any_autocast_dtype() {
+        tch::manual_seed(6);
+        let vs = nn::VarStore::new(Device::Cpu);
+        let layer = BitLinear::new(vs.root(), 64, 32, false, &QuantConfig::default());
+        let x = Tensor::randn([8, 64], (Kind::Float, Device::Cpu));
+        let expected = layer.forward(&x).detach();
+        for (precision, kind) in [(Precision::Bf16, Kind::BFloat16), (Precision::Fp16, Kind::Half)] {
+            let y = autocast(Device::Cpu, precision, || layer.forward(&x)).unwrap();
+            assert_eq!(y.kind(), kind);
+            // What a product of rounded operands is off by: a wrong code, as of a quantizer in bf16, would be
+            // off by much more in some element.
+            let difference = (y.to_kind(Kind::Float) - &expected).abs().max() / expected.abs().max();
+            assert!(difference.double_value(&[]) < 1e-2, "{precision:?}: {difference}");
+            y.to_kind(Kind::Float).sum(Kind::Float).backward();
+            assert_eq!(layer.weight.grad().kind(), Kind::Float);
+        }
+    }
+}

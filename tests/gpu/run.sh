@@ -52,7 +52,7 @@ worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/fp32"),
 check "20 steps in two runs" "largest difference $worst" "$worst < 0.01"
 
 for d in cpu "$device"; do
-  "$bbt" eval --ckpt "$work/fp32/ckpt.pt" --data "$text" --seq_len 64 --device "$d" --json >"$work/eval-${d%%:*}"
+  "$bbt" eval --ckpt "$work/fp32/ckpt.pt" --data "$text" --seq_len 64 --device "$d" --json >"$work/eval-${d%%:*}" 2>/dev/null
 done
 a=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "$work/eval-cpu")
 b=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "$work/eval-${device%%:*}")
