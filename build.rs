@@ -30,10 +30,23 @@ fn main() {
         .filter(|path| path.extension().is_some_and(|e| e == "cpp"))
         .collect();
     sources.sort();
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    let cuda = lib.join("libtorch_cuda.so").exists();
+    match nccl_includes(root) {
+        Some(includes) if cuda => {
+            build.define("BBT_NCCL", None).includes(includes);
+        }
+        None if cuda => println!(
+            "cargo:warning=NCCL's and CUDA's headers are not beside libtorch: this bbt trains on one GPU only. `make libtorch` installs them; for your own PyTorch: pip install nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*"
+        ),
+        _ => {}
+    }
+    build
         .cpp(true)
         .std("c++17")
         .pic(true)
+        // First: names of gloo, whose headers libtorch does not ship.
+        .include(format!("{SHIM}/gloo_names"))
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
@@ -46,11 +59,24 @@ fn main() {
     for library in ["torch", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");
     }
-    // The linker would drop libtorch_cuda, whose symbols nothing names: it registers itself when loaded.
-    if lib.join("libtorch_cuda.so").exists() {
+    // The linker would drop libtorch_cuda where nothing names its symbols: it registers itself when loaded.
+    if cuda {
+        println!("cargo:rustc-link-lib=torch_cuda");
+        println!("cargo:rustc-link-lib=c10_cuda");
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed,-ltorch_cuda,--as-needed");
     }
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+/// The folders with the headers of NCCL and CUDA that PyPI's packages put beside the wheel's `torch`.
+fn nccl_includes(root: &Path) -> Option<[PathBuf; 2]> {
+    let nvidia = root.parent()?.join("nvidia");
+    let (nccl, cuda) = (nvidia.join("nccl/include"), nvidia.join("cu13/include"));
+    let cuda_headers = ["cuda_runtime_api.h", "crt/host_defines.h", "nv/target"];
+    let mut needed = cuda_headers.map(|header| cuda.join(header)).to_vec();
+    needed.push(nccl.join("nccl.h"));
+    needed.iter().for_each(|header| println!("cargo:rerun-if-changed={}", header.display()));
+    needed.iter().all(|header| header.exists()).then_some([nccl, cuda])
 }
 
 /// The version of libtorch; stops the build with the remedy where it is missing or another one.

@@ -78,6 +78,8 @@ pub struct Config {
     pub optim: OptimConfig,
     /// The run itself.
     pub train: TrainConfig,
+    /// Many processes.
+    pub ddp: DdpConfig,
 }
 
 /// Shape of the model.
@@ -488,6 +490,50 @@ impl TrainConfig {
     }
 }
 
+/// Training by many processes, one per rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DdpConfig {
+    /// What carries tensors between ranks.
+    pub backend: Backend,
+    /// Seconds after which a rank that others wait for counts as lost.
+    pub timeout: u64,
+    /// Gradients are averaged in buckets of so many MiB.
+    pub bucket_cap_mb: i64,
+    /// 1: each rank keeps and steps its part of the optimizer's state (ZeRO stage 1, Rajbhandari et al. 2020,
+    /// arXiv 1910.02054); 0: all of it.
+    pub zero_stage: u8,
+}
+
+/// What carries tensors between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// NCCL on GPUs, Gloo on CPUs.
+    Auto,
+    /// NVIDIA's collectives, between GPUs.
+    Nccl,
+    /// TCP.
+    Gloo,
+}
+
+impl Default for DdpConfig {
+    fn default() -> Self {
+        Self { backend: Backend::Auto, timeout: 600, bucket_cap_mb: 25, zero_stage: 0 }
+    }
+}
+
+impl DdpConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        at_least("ddp.timeout", self.timeout as i64, 1)?;
+        at_least("ddp.bucket_cap_mb", self.bucket_cap_mb, 1)?;
+        if self.zero_stage > 1 {
+            return Err(invalid("ddp.zero_stage", format!("{} is not 0 or 1", self.zero_stage)));
+        }
+        Ok(())
+    }
+}
+
 /// Where to run: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(into = "String")]
@@ -580,7 +626,8 @@ impl Config {
         self.model.validate()?;
         self.data.validate()?;
         self.optim.validate()?;
-        self.train.validate()
+        self.train.validate()?;
+        self.ddp.validate()
     }
 
     /// The configuration as YAML, every key present.

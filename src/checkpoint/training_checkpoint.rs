@@ -23,7 +23,7 @@ use crate::config::{ActQuant, Attention, Config, ModelConfig, QuantConfig, Sched
 use crate::data::Position;
 use crate::libtorch::cpu_bytes;
 use crate::models::BitByteLM;
-use crate::utils::optim::{AdamW, ScalerState};
+use crate::utils::optim::{AdamWState, ScalerState};
 
 /// The value of `model_family`.
 const FAMILY: &str = "bitbyte";
@@ -57,8 +57,8 @@ pub struct Contents<'a> {
     pub config: &'a Config,
     /// The parameters.
     pub vs: &'a nn::VarStore,
-    /// Their optimizer.
-    pub optimizer: &'a AdamW,
+    /// Their optimizer's state, in PyTorch's order.
+    pub optimizer: &'a [AdamWState],
     /// The learning rate of the last step.
     pub lr: f64,
     /// The gradient scaler, for fp16.
@@ -104,7 +104,7 @@ impl Contents<'_> {
         let mut state = vec![];
         // Before the first step PyTorch holds no state.
         if self.progress.completed > 0 {
-            for (index, s) in (0..).zip(&self.optimizer.state) {
+            for (index, s) in (0..).zip(self.optimizer) {
                 let entry = dict([
                     ("step", Value::Tensor(tensor_data(&s.step))),
                     ("exp_avg", Value::Tensor(tensor_data(&s.exp_avg))),
@@ -114,7 +114,7 @@ impl Contents<'_> {
             }
         }
         let optim = &self.config.optim;
-        let params = (0..self.optimizer.state.len() as i64).map(Value::Int).collect();
+        let params = (0..self.optimizer.len() as i64).map(Value::Int).collect();
         let group = dict([
             ("lr", Value::Float(self.lr)),
             ("betas", Value::Tuple(vec![Value::Float(optim.betas.0), Value::Float(optim.betas.1)])),
@@ -325,11 +325,11 @@ impl TrainingCheckpoint {
         Ok(())
     }
 
-    /// Gives `optimizer` the state of the checkpoint's AdamW.
+    /// Copies the state of the checkpoint's AdamW to `optimizer`, one per parameter in PyTorch's order.
     ///
     /// # Errors
     /// No state in it, that of another optimizer, or of other parameters.
-    pub fn load_optimizer(&self, optimizer: &mut AdamW) -> Result<(), CheckpointError> {
+    pub fn load_optimizer(&self, optimizer: &mut [AdamWState]) -> Result<(), CheckpointError> {
         let remedy = "use --no-opt-state to start with fresh moments, or --init to start at step 0";
         let Some(opt) = &self.optimizer else {
             return Err(self.error(format!("has no optimizer state (`opt`): {remedy}")));
@@ -346,14 +346,14 @@ impl TrainingCheckpoint {
             .flat_map(|group| group.get("params").map(Value::elements).unwrap_or_default())
             .filter_map(Value::as_i64)
             .collect();
-        if numbers.len() != optimizer.state.len() {
-            let (has, needs) = (numbers.len(), optimizer.state.len());
+        if numbers.len() != optimizer.len() {
+            let (has, needs) = (numbers.len(), optimizer.len());
             return Err(self.error(format!("its optimizer has {has} parameters, but the model has {needs}: {remedy}")));
         }
         let names = parameter_names(&self.model);
         let by_number: HashMap<i64, &Value> = state.iter().filter_map(|(k, v)| Some((k.as_i64()?, v))).collect();
         let _no_grad = tch::no_grad_guard();
-        for ((number, name), to) in numbers.iter().zip(&names).zip(&mut optimizer.state) {
+        for ((number, name), to) in numbers.iter().zip(&names).zip(optimizer) {
             let entry = by_number.get(number).ok_or_else(|| {
                 self.error(format!("its optimizer has no state for parameter {number} ({name}): {remedy}"))
             })?;

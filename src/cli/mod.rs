@@ -24,6 +24,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::launch::EnvError;
 use crate::training::{RunDir, RunDirError};
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
@@ -92,18 +93,29 @@ pub fn main() -> ExitCode {
     if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_broken_pipe)) {
         return ExitCode::SUCCESS;
     }
+    say(&describe(&error));
+    ExitCode::from(status(&error))
+}
+
+/// A message of failure on stderr.
+fn say(message: &str) {
     let red = if io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
         ("\x1b[1;31m", "\x1b[0m")
     } else {
         ("", "")
     };
-    eprintln!("{}bbt:{} {}", red.0, red.1, describe(&error));
+    eprintln!("{}bbt:{} {message}", red.0, red.1);
+}
+
+/// The exit status for a failure: 2 where the user asked for what cannot be, else 1.
+fn status(error: &anyhow::Error) -> u8 {
     let usage = error.chain().any(|cause| {
         cause.is::<ConfigError>()
             || cause.is::<UsageError>()
+            || cause.is::<EnvError>()
             || matches!(cause.downcast_ref(), Some(DataError::Invalid { .. }))
     });
-    ExitCode::from(if usage { 2 } else { 1 })
+    if usage { 2 } else { 1 }
 }
 
 /// What went wrong and why, down the chain of causes. Most of our errors tell their cause themselves, so what

@@ -1,17 +1,20 @@
 //! `bbt train`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 
 use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
 use crate::checkpoint::TrainingCheckpoint;
+use crate::launch::RankEnv;
 use crate::libtorch::exit_at_once;
-use crate::training::{RunDir, Start, Trainer};
+use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_ddp};
 
 /// Train a model, or continue training it
 ///
@@ -20,6 +23,7 @@ use crate::training::{RunDir, Start, Trainer};
 ///   bbt train --config configs/tiny.yaml --resume auto        go on where it stopped
 ///   bbt train --config configs/small.yaml --set optim.lr=5e-4 --steps 10000
 ///   bbt train --data corpus/train --out ckpt.pt --init pretrained.pt --seq_len 1024
+///   torchrun --no-python --nproc-per-node=8 bbt train --config configs/base.yaml --ddp
 ///
 /// The run directory (--out) gets checkpoints, config.yaml, metrics.jsonl and TensorBoard event
 /// files. Ctrl-C finishes the step, saves, and says how to resume; a second one exits at once.
@@ -40,6 +44,10 @@ pub struct Args {
     /// Replace a run that --out holds already
     #[arg(long, help_heading = "Start")]
     allow_overwrite: bool,
+    /// Train as one of many processes, started by torchrun or `bbt launch` (implied where they set RANK and
+    /// WORLD_SIZE)
+    #[arg(long, help_heading = "Run")]
+    ddp: bool,
     /// Number of CPU threads to compute with
     #[arg(long, value_name = "N", help_heading = "Run")]
     threads: Option<usize>,
@@ -47,49 +55,97 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     super::set_threads(args.threads);
+    match RankEnv::from_env(args.ddp)? {
+        None => train(&args, None),
+        Some(env) => distributed(&args, env),
+    }
+}
+
+/// One rank of many: fails together with the others, and one of them says why.
+fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
+    // Before anything can fail that fails on every rank alike: from here on one speaks for all.
+    let timeout = args.config.layers().and_then(|layers| layers.given()).unwrap_or_default().ddp.timeout;
+    let on_failure = |message: Option<&str>| {
+        if let Some(message) = message {
+            super::say(message);
+        }
+        exit_at_once(1);
+    };
+    let ddp = Arc::new(setup_ddp(env, Duration::from_secs(timeout), Arc::new(on_failure))?);
+    let error = match catch_unwind(AssertUnwindSafe(|| train(args, Some(&ddp)))) {
+        Ok(Ok(())) => {
+            ddp.done();
+            return Ok(());
+        }
+        Ok(Err(error)) => error,
+        Err(panic) => anyhow!(super::panic_message(panic.as_ref())),
+    };
+    let lost = error.downcast_ref().is_some_and(TrainError::is_lost_rank);
+    if let Verdict::Tell(message) = ddp.fail(super::describe(&error), lost) {
+        super::say(&message);
+    }
+    // The other ranks may hold this one's connections: nothing is waited for.
+    exit_at_once(super::status(&error).into());
+}
+
+fn train(args: &Args, ddp: Option<&Arc<Ddp>>) -> anyhow::Result<()> {
     let layers = args.config.layers()?;
     let out = layers.given()?.train.out;
     let run = RunDir::new(&out);
-    let start = start(&args, &run)?;
-    let config = match &start {
-        Start::Fresh => layers.resolve(None)?,
-        Start::Init(path) | Start::Resume { path, .. } => {
-            let checkpoint = TrainingCheckpoint::open(path)?;
-            layers.resolve(Some((checkpoint.model_config(), checkpoint.quant_config())))?
+    let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
+    let (start, checkpoint) = match main {
+        true => {
+            let start = start(args, &run, ddp.is_some_and(|ddp| ddp.restarted()))?;
+            let checkpoint = match &start {
+                Start::Fresh => None,
+                Start::Init(path) | Start::Resume { path, .. } => {
+                    let checkpoint = TrainingCheckpoint::open(path)?;
+                    Some((checkpoint.model_config().clone(), *checkpoint.quant_config()))
+                }
+            };
+            (start, Some(checkpoint))
         }
+        // The checkpoint is rank 0's to read.
+        false => (Start::Fresh, None),
     };
+    let checkpoint = match ddp {
+        Some(ddp) => ddp.share("checkpoint", checkpoint)?,
+        None => checkpoint.flatten(),
+    };
+    let config = layers.resolve(checkpoint.as_ref().map(|(model, quant)| (model, quant)))?;
     let total = config.train.steps;
 
-    let mut trainer = Trainer::new(config, start.clone())?;
+    let mut trainer = match ddp {
+        Some(ddp) => Trainer::distributed(config, start.clone(), ddp.clone())?,
+        None => Trainer::new(config, start.clone())?,
+    };
     let resumed = trainer.progress().completed;
     if let Start::Resume { path, .. } = &start {
         eprintln!("resuming from {} at step {resumed} of {total}", path.display());
-        if resumed >= total {
+    }
+    if resumed >= total {
+        if main {
             eprintln!("all {total} steps are done: raise --steps to go on, or choose another --out");
-            return Ok(());
         }
-        // Continuing elsewhere is a new run there.
-        if !lies_in(path, run.dir()) {
-            run.create(args.allow_overwrite)?;
-        }
-    } else {
-        run.create(args.allow_overwrite)?;
+        return Ok(());
+    }
+    // Continuing elsewhere is a new run there.
+    let continued = matches!(&start, Start::Resume { path, .. } if lies_in(path, run.dir()));
+    if main && !continued {
+        // What a restarted run finds without a checkpoint is what it began itself.
+        run.create(args.allow_overwrite || ddp.is_some_and(|ddp| ddp.restarted()))?;
     }
 
     let interrupt = Arc::new(AtomicBool::new(false));
-    let flag = interrupt.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::SeqCst) {
-            exit_at_once(130);
-        }
-        eprintln!("\nfinishing the step, then saving; once more to exit at once");
-    })
-    .context("cannot listen for Ctrl-C")?;
+    listen(interrupt.clone(), main)?;
 
     let mut progress = TrainProgress::new(total, resumed);
     let summary = trainer.train(&mut progress, &interrupt);
     progress.finish();
     let summary = summary?;
+    if !main {
+        return Ok(());
+    }
     if summary.finished {
         eprintln!("done: {} steps, {}", summary.completed, summary.checkpoint.display());
     } else {
@@ -97,6 +153,27 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("to go on: {}", trainer.resume_command());
     }
     Ok(())
+}
+
+/// A terminal sends a Ctrl-C to every process of a launcher, which may pass it on once more: what comes within
+/// this time is the same one.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
+
+/// The first signal sets `interrupt`; a second one ends the process.
+fn listen(interrupt: Arc<AtomicBool>, speak: bool) -> anyhow::Result<()> {
+    let mut first: Option<Instant> = None;
+    ctrlc::set_handler(move || match first {
+        Some(first) if first.elapsed() > SAME_SIGNAL => exit_at_once(130),
+        Some(_) => {}
+        None => {
+            first = Some(Instant::now());
+            interrupt.store(true, Ordering::SeqCst);
+            if speak {
+                eprintln!("\nfinishing the step, then saving; once more to exit at once");
+            }
+        }
+    })
+    .context("cannot listen for Ctrl-C")
 }
 
 /// Whether the file at `path` is one of the directory `dir`, however both are spelled.
@@ -107,7 +184,11 @@ fn lies_in(path: &Path, dir: &Path) -> bool {
     }
 }
 
-fn start(args: &Args, run: &RunDir) -> Result<Start, UsageError> {
+/// Where the run starts, as the flags say; a run that a launcher has restarted starts where it was.
+fn start(args: &Args, run: &RunDir, restarted: bool) -> Result<Start, UsageError> {
+    if restarted && let Some(path) = run.newest() {
+        return Ok(Start::Resume { path, optimizer_state: true });
+    }
     if let Some(path) = &args.init {
         return Ok(Start::Init(path.clone()));
     }

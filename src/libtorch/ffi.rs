@@ -44,6 +44,67 @@ unsafe extern "C" {
         found_inf: *const C_tensor,
         inverse_scale: *const C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_set_grad(tensor: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
+    pub fn bbt_store_new(
+        host: *const c_char,
+        port: u16,
+        is_server: c_int,
+        timeout_ms: i64,
+        prefix: *const c_char,
+        store: *mut *mut c_void,
+        actual_port: *mut u16,
+    ) -> *mut c_char;
+    pub fn bbt_store_free(store: *mut c_void);
+    pub fn bbt_store_set(store: *mut c_void, key: *const c_char, value: *const u8, n: usize) -> *mut c_char;
+    pub fn bbt_store_get(
+        store: *mut c_void,
+        key: *const c_char,
+        timeout_ms: i64,
+        value: *mut *mut u8,
+        n: *mut usize,
+    ) -> *mut c_char;
+    pub fn bbt_store_add(store: *mut c_void, key: *const c_char, amount: i64, sum: *mut i64) -> *mut c_char;
+    pub fn bbt_store_check(store: *mut c_void, key: *const c_char, present: *mut c_int) -> *mut c_char;
+    pub fn bbt_process_group_new(
+        store: *mut c_void,
+        rank: c_int,
+        size: c_int,
+        nccl: c_int,
+        cuda_device: c_int,
+        timeout_ms: i64,
+        group: *mut *mut c_void,
+    ) -> *mut c_char;
+    pub fn bbt_process_group_shutdown(group: *mut c_void) -> *mut c_char;
+    pub fn bbt_process_group_free(group: *mut c_void);
+    pub fn bbt_all_reduce(group: *mut c_void, tensor: *const C_tensor, max: c_int) -> *mut c_char;
+    pub fn bbt_broadcast(
+        group: *mut c_void,
+        tensors: *const *const C_tensor,
+        n: usize,
+        root: c_int,
+    ) -> *mut c_char;
+    pub fn bbt_all_gather(group: *mut c_void, output: *const C_tensor, input: *const C_tensor) -> *mut c_char;
+    pub fn bbt_reduce_scatter(group: *mut c_void, output: *const C_tensor, input: *const C_tensor) -> *mut c_char;
+    pub fn bbt_barrier(group: *mut c_void) -> *mut c_char;
+    pub fn bbt_reducer_new(
+        group: *mut c_void,
+        params: *const *const C_tensor,
+        n: usize,
+        bucket_bytes: i64,
+        reducer: *mut *mut c_void,
+    ) -> *mut c_char;
+    pub fn bbt_reducer_free(reducer: *mut c_void);
+    pub fn bbt_reducer_rebuild_buckets(reducer: *mut c_void) -> *mut c_char;
+    pub fn bbt_reducer_prepare_for_forward(reducer: *mut c_void) -> *mut c_char;
+    pub fn bbt_reducer_prepare_for_backward(reducer: *mut c_void) -> *mut c_char;
+    pub fn bbt_reducer_measure_every(reducer: *mut c_void, steps: c_int) -> *mut c_char;
+    pub fn bbt_reducer_times(
+        reducer: *mut c_void,
+        forward: *mut i64,
+        backward: *mut i64,
+        communication: *mut i64,
+        overlap: *mut i64,
+    ) -> *mut c_char;
     pub fn bbt_cuda_memory(index: c_int, free: *mut u64, total: *mut u64, peak: *mut u64) -> *mut c_char;
 }
 

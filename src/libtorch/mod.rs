@@ -5,6 +5,7 @@
 //! touches libtorch is in this folder.
 
 mod autocast;
+mod distributed;
 mod exit;
 mod ffi;
 mod foreach;
@@ -13,6 +14,7 @@ mod recompute;
 mod storage;
 
 pub use autocast::{Autocast, AutocastDtype};
+pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store, set_grad};
 pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};
 pub use memory::{CudaMemory, HostMemory, cuda_memory, host_memory};

@@ -76,13 +76,47 @@ pub fn evaluate(
     documents: &[&[u8]],
     options: EvalOptions,
     device: Device,
-    mut progress: impl FnMut(u64),
+    progress: impl FnMut(u64),
 ) -> Result<Evaluation, Error> {
+    Ok(evaluate_part(model, documents, options, device, (0, 1), progress)?.total())
+}
+
+/// What one rank found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PartialEvaluation {
+    /// Sum of the losses of each window in nats; 0 for those of other ranks. Added over ranks these are the
+    /// sums that one rank alone finds, to the last bit.
+    pub sums: Vec<f64>,
+    /// Number of bytes predicted by all ranks.
+    pub bytes: u64,
+}
+
+impl PartialEvaluation {
+    /// The evaluation, once `sums` are those of all ranks.
+    pub fn total(&self) -> Evaluation {
+        let total: f64 = self.sums.iter().sum();
+        Evaluation { loss: if self.bytes == 0 { f64::NAN } else { total / self.bytes as f64 }, bytes: self.bytes }
+    }
+}
+
+/// The part of [`evaluate`] that falls to one of several ranks, `part` being its number and theirs.
+///
+/// # Errors
+/// libtorch's own.
+pub fn evaluate_part(
+    model: &BitByteLM,
+    documents: &[&[u8]],
+    options: EvalOptions,
+    device: Device,
+    part: (usize, usize),
+    mut progress: impl FnMut(u64),
+) -> Result<PartialEvaluation, Error> {
     let _no_grad = tch::no_grad_guard();
     let seq_len = options.seq_len.max(1);
     let stride = options.stride.clamp(1, seq_len);
     let rows = (BATCH_BYTES / seq_len).max(1);
-    let (mut total, mut bytes) = (0.0, 0);
+    let mut found = PartialEvaluation { sums: vec![], bytes: 0 };
+    let mut batches = 0;
     for document in documents {
         let mut pending = windows(document.len(), seq_len, stride).peekable();
         while let Some(window) = pending.next() {
@@ -92,20 +126,25 @@ pub fn evaluate(
             {
                 batch.push(next);
             }
-            let text: Vec<u8> = batch.iter().flat_map(|w| &document[w.start..=w.start + w.len]).copied().collect();
-            let (inputs, targets) = inputs_and_targets(&text, batch.len(), device);
-            let logits = autocast(device, options.precision, || model.forward(&inputs))?;
-            let losses = cross_entropy_per_byte(&logits, &targets);
-            for (row, window) in (0..).zip(&batch) {
-                let counted = (window.len - window.first) as i64;
-                let sum = losses.get(row).narrow(0, window.first as i64, counted).sum(tch::Kind::Double);
-                total += sum.double_value(&[]);
-                bytes += counted as u64;
+            let own = batches % part.1.max(1) == part.0;
+            batches += 1;
+            if own {
+                let text: Vec<u8> = batch.iter().flat_map(|w| &document[w.start..=w.start + w.len]).copied().collect();
+                let (inputs, targets) = inputs_and_targets(&text, batch.len(), device);
+                let logits = autocast(device, options.precision, || model.forward(&inputs))?;
+                let losses = cross_entropy_per_byte(&logits, &targets);
+                for (row, window) in (0..).zip(&batch) {
+                    let counted = losses.get(row).narrow(0, window.first as i64, (window.len - window.first) as i64);
+                    found.sums.push(counted.sum(tch::Kind::Double).double_value(&[]));
+                }
+            } else {
+                found.sums.resize(found.sums.len() + batch.len(), 0.0);
             }
-            progress(bytes);
+            found.bytes += batch.iter().map(|w| (w.len - w.first) as u64).sum::<u64>();
+            progress(found.bytes);
         }
     }
-    Ok(Evaluation { loss: if bytes == 0 { f64::NAN } else { total / bytes as f64 }, bytes })
+    Ok(found)
 }
 
 /// Pieces that part of a data set is taken in.

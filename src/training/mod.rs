@@ -1,12 +1,18 @@
 //! Training: the loop, schedules, loss, evaluation, and what a run leaves behind.
 
+pub mod ddp;
 pub mod evaluation;
 pub mod loss;
 pub mod lr_scheduler;
 pub mod metrics;
+mod parallel;
 mod run_dir;
 pub mod tensorboard;
 mod trainer;
+mod watch;
+mod zero;
 
+pub use ddp::{Ddp, DdpError, setup_ddp};
 pub use run_dir::{RunDir, RunDirError};
 pub use trainer::{MemoryNeed, Start, Summary, TrainError, Trainer, memory_need};
+pub use watch::{OnFailure, Verdict};

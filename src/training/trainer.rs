@@ -5,15 +5,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 use tracing::warn;
 
-use super::evaluation::{EvalOptions, evaluate, inputs_and_targets, sample};
+use super::ddp::{Ddp, DdpError};
+use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
 use super::loss::{BITS_PER_NAT, cross_entropy};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step};
 use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
+use super::parallel::Parallel;
 use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
+use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
 use crate::config::{Config, ConfigError, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
@@ -21,7 +25,7 @@ use crate::libtorch::{self, cuda_memory, foreach_norm, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::device::{DeviceError, autocast, device};
-use crate::utils::optim::{AdamW, GradScaler, ScalerState, clip_gradients};
+use crate::utils::optim::{AdamW, AdamWState, GradScaler, ScalerState, clip_gradients};
 
 /// Why a run cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +59,9 @@ pub enum TrainError {
     /// The event file cannot be written.
     #[error(transparent)]
     TensorBoard(#[from] TensorBoardError),
+    /// Ranks cannot train together, or one was lost.
+    #[error(transparent)]
+    Ddp(#[from] DdpError),
     /// libtorch failed.
     #[error(transparent)]
     Libtorch(#[from] libtorch::Error),
@@ -92,6 +99,13 @@ pub enum TrainError {
     },
 }
 
+impl TrainError {
+    /// Whether another rank is the cause.
+    pub fn is_lost_rank(&self) -> bool {
+        matches!(self, Self::Ddp(DdpError::Lost { .. } | DdpError::Group(_) | DdpError::NoWord { .. }))
+    }
+}
+
 fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
 }
@@ -123,8 +137,19 @@ pub struct Summary {
     pub checkpoint: PathBuf,
 }
 
+/// What a checkpoint brings besides weights; rank 0 tells the other ranks.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Restored {
+    progress: Progress,
+    scaler: ScalerState,
+    /// Whether there is optimizer state that is not zero.
+    optimizer: bool,
+}
+
 /// A model with its optimizer and its place in a run.
 pub struct Trainer {
+    // First: its hooks sit on the parameters below.
+    parallel: Option<Parallel>,
     config: Config,
     run: RunDir,
     device: Device,
@@ -149,8 +174,10 @@ struct Step {
     loss: f64,
     /// L2 norm of the gradient before clipping.
     grad_norm: f64,
-    /// Bytes predicted.
+    /// Bytes predicted, by all ranks.
     bytes: u64,
+    /// Whether the run shall end here.
+    stop: bool,
 }
 
 impl Trainer {
@@ -160,8 +187,24 @@ impl Trainer {
     /// # Errors
     /// An absent device, too little memory, unusable data, a checkpoint that does not fit.
     pub fn new(config: Config, start: Start) -> Result<Self, TrainError> {
+        Self::build(config, start, None)
+    }
+
+    /// The same as one of many ranks, each of which calls this with an equal configuration. Rank 0 alone reads
+    /// `start`'s checkpoint and writes; the others get everything from it.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; ranks that differ; a rank that is lost.
+    pub fn distributed(config: Config, start: Start, ddp: Arc<Ddp>) -> Result<Self, TrainError> {
+        Self::build(config, start, Some(ddp))
+    }
+
+    fn build(config: Config, start: Start, ddp: Option<Arc<Ddp>>) -> Result<Self, TrainError> {
         config.validate()?;
-        let device = device(config.train.device)?;
+        let device = match &ddp {
+            Some(ddp) => device(ddp.device(config.train.device)?)?,
+            None => device(config.train.device)?,
+        };
         check_memory(&config, device)?;
         let train_set = open(&config.data.train, "data.train")?;
         for (_, seq_len) in config.data.curriculum() {
@@ -171,6 +214,7 @@ impl Trainer {
             Some(spec) if config.train.eval_every > 0 => Some(open(spec, "data.val")?),
             _ => None,
         };
+        let main = ddp.as_ref().is_none_or(|ddp| ddp.rank() == 0);
 
         // Drawn on the CPU, so that one seed gives the same weights on every device.
         let mut vs = nn::VarStore::new(Device::Cpu);
@@ -180,31 +224,70 @@ impl Trainer {
             BitByteLM::new(&vs.root(), &config.model, &config.quant)
         };
         model.set_checkpointing(config.train.checkpointing);
-        let mut progress = Progress::default();
-        let mut scaler_state = ScalerState::default();
         let loaded = match &start {
-            Start::Fresh => None,
-            Start::Init(path) | Start::Resume { path, .. } => Some(TrainingCheckpoint::open(path)?),
+            Start::Init(path) | Start::Resume { path, .. } if main => Some(TrainingCheckpoint::open(path)?),
+            _ => None,
         };
+        let mut restored = Restored::default();
+        let mut moments = None;
         if let Some(checkpoint) = &loaded {
             checkpoint.load_weights(&vs)?;
+            if let Start::Resume { optimizer_state, .. } = &start {
+                if *optimizer_state {
+                    let zeros = |p: &Tensor| AdamWState::zeros(&p.size(), Device::Cpu);
+                    let mut state: Vec<AdamWState> = vs.trainable_variables().iter().map(zeros).collect();
+                    checkpoint.load_optimizer(&mut state)?;
+                    moments = Some(state);
+                }
+                restored.progress = checkpoint.progress();
+                restored.scaler = checkpoint.scaler().unwrap_or_default();
+                restored.optimizer = moments.is_some();
+            }
         }
         vs.set_device(device);
-        let mut optimizer = AdamW::new(vs.trainable_variables(), &config.optim);
-        if let (Some(checkpoint), Start::Resume { optimizer_state, .. }) = (&loaded, &start) {
-            if *optimizer_state {
-                checkpoint.load_optimizer(&mut optimizer)?;
+        let (parallel, mut optimizer) = match ddp {
+            None => (None, AdamW::new(vs.trainable_variables(), &config.optim)),
+            Some(ddp) => {
+                ddp.check(&config, device, train_set.as_ref())?;
+                restored = ddp.share("restored", main.then_some(restored))?;
+                let group = ddp.join(&config.ddp, device)?;
+                let (parallel, optimizer) =
+                    Parallel::new(ddp, group, vs.trainable_variables(), &config.ddp, &config.optim)?;
+                (Some(parallel), optimizer)
             }
-            progress = checkpoint.progress();
-            scaler_state = checkpoint.scaler().unwrap_or_default();
+        };
+        match &parallel {
+            Some(parallel) if restored.optimizer => parallel.spread_state(moments, &mut optimizer)?,
+            None if restored.optimizer => {
+                let _no_grad = tch::no_grad_guard();
+                optimizer.state.iter_mut().zip(moments.iter().flatten()).for_each(|(to, from)| to.copy_from(from));
+            }
+            _ => {}
         }
-        let scaler = (config.train.precision == Precision::Fp16).then(|| GradScaler::new(scaler_state, device));
+        let scaler = (config.train.precision == Precision::Fp16).then(|| GradScaler::new(restored.scaler, device));
         let checkpoint = match &start {
             Start::Resume { path, .. } => Some(path.clone()),
             _ => None,
         };
         let run = RunDir::new(&config.train.out);
-        Ok(Self { config, run, device, vs, model, optimizer, scaler, train_set, val_set, progress, checkpoint })
+        let progress = restored.progress;
+        let mut trainer =
+            Self { parallel, config, run, device, vs, model, optimizer, scaler, train_set, val_set, progress, checkpoint };
+        trainer.arrange_buckets()?;
+        Ok(trainer)
+    }
+
+    /// Shows the reducer in which order gradients come, by one small backward.
+    fn arrange_buckets(&mut self) -> Result<(), TrainError> {
+        let Some(parallel) = &self.parallel else { return Ok(()) };
+        let tokens = Tensor::zeros([1, 2], (Kind::Int64, self.device));
+        parallel.arrange_buckets(|| {
+            let lost = |source| DdpError::Lost { rank: parallel.ddp().rank(), source };
+            let logits = autocast(self.device, self.config.train.precision, || self.model.forward(&tokens));
+            backward(&cross_entropy(&logits.map_err(lost)?, &tokens)).map_err(lost)
+        })?;
+        self.optimizer.zero_grad();
+        Ok(())
     }
 
     /// The model.
@@ -220,6 +303,17 @@ impl Trainer {
     /// How far the run has come.
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// Whether this process is the one that writes: rank 0, or the only one.
+    pub fn is_main(&self) -> bool {
+        self.parallel.as_ref().is_none_or(Parallel::is_main)
+    }
+
+    /// The ranks, where there are several; for benches.
+    #[doc(hidden)]
+    pub fn reducer(&self) -> Option<&libtorch::Reducer> {
+        self.parallel.as_ref().and_then(Parallel::reducer)
     }
 
     /// Where the model lives.
@@ -247,30 +341,39 @@ impl Trainer {
 
         let mut loader = self.loader(end)?;
 
-        self.run.ensure()?;
-        write_bytes(&self.run.config(), self.config.to_yaml().as_bytes())?;
-        let (mut metrics, mut board) = self.logs()?;
+        // Only rank 0 writes.
+        let mut logs = match self.is_main() {
+            true => {
+                self.run.ensure()?;
+                write_bytes(&self.run.config(), self.config.to_yaml().as_bytes())?;
+                Some(self.logs()?)
+            }
+            false => None,
+        };
 
         let mut saved = None;
         let mut since = Lap::start(&loader);
-        while self.progress.completed < end && !interrupt.load(Ordering::SeqCst) {
+        let mut stop = interrupt.load(Ordering::SeqCst) && self.parallel.is_none();
+        while self.progress.completed < end && !stop {
             let step = self.progress.completed;
             let lr = lr_for_step(step, total, &self.config.optim);
             let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
-            let done = self.step(lr, &mut loader)?;
+            let done = self.step(lr, &mut loader, interrupt)?;
             since.bytes += done.bytes;
             let last = self.progress.completed == total;
 
-            if self.progress.skipped_in_a_row > 0 {
+            if self.progress.skipped_in_a_row > 0 && self.is_main() {
                 warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
                 observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
             }
             // A skipped step is always logged.
             if step.is_multiple_of(log_every) || last || self.progress.skipped_in_a_row > 0 {
                 let row = self.row(step, lr, seq_len, &done, since.finish(&loader));
-                metrics.train(&row)?;
-                board.train(&row)?;
-                observer.on_step(&row);
+                if let Some((metrics, board)) = &mut logs {
+                    metrics.train(&row)?;
+                    board.train(&row)?;
+                    observer.on_step(&row);
+                }
             }
             if self.progress.skipped_in_a_row >= self.config.train.max_nonfinite {
                 let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
@@ -287,9 +390,11 @@ impl Trainer {
                 if improved {
                     self.progress.best_val_loss = Some(row.val_loss);
                 }
-                metrics.validation(&row)?;
-                board.validation(&row)?;
-                observer.on_validation(&row);
+                if let Some((metrics, board)) = &mut logs {
+                    metrics.validation(&row)?;
+                    board.validation(&row)?;
+                    observer.on_validation(&row);
+                }
             }
             // Not while steps are skipped: what is kept from before is what a diverged run can go back to.
             let due = save_every > 0 && self.progress.completed.is_multiple_of(save_every);
@@ -301,9 +406,15 @@ impl Trainer {
             if !since.running {
                 since = Lap::start(&loader);
             }
+            // Ranks stop after the same step: the one in which they agreed to.
+            stop = done.stop || (interrupt.load(Ordering::SeqCst) && self.parallel.is_none());
         }
         if saved != Some(self.progress.completed) {
             self.save(false)?;
+        }
+        // No rank ends before the last checkpoint is on disk.
+        if let Some(parallel) = &self.parallel {
+            parallel.barrier()?;
         }
         Ok(Summary {
             completed: self.progress.completed,
@@ -312,42 +423,71 @@ impl Trainer {
         })
     }
 
-    /// One optimizer step: forward and backward over the micro-batches, then clip and update.
-    fn step(&mut self, lr: f64, loader: &mut Loader) -> Result<Step, TrainError> {
+    /// One optimizer step: forward and backward over the micro-batches, then clip and update. Where ranks train
+    /// together, the last micro-batch's backward averages the gradients, and whether to skip the step, and
+    /// whether to stop after it, is decided by all.
+    fn step(&mut self, lr: f64, loader: &mut Loader, interrupt: &AtomicBool) -> Result<Step, TrainError> {
         let accumulate = self.config.train.grad_accum;
-        self.optimizer.zero_grad();
+        match &mut self.parallel {
+            Some(parallel) => parallel.zero_grad(&mut self.optimizer),
+            None => self.optimizer.zero_grad(),
+        }
         let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
         let mut bytes = 0;
-        for _ in 0..accumulate {
+        for micro in 0..accumulate {
+            self.enter(Phase::Reading);
             // The plan covers every step that is run.
             let Some(batch) = loader.next() else { unreachable!("the loader's plan ended before the run") };
             let batch = batch.map_err(in_train_data)?;
+            self.enter(Phase::Computing);
             let (inputs, targets) = inputs_and_targets(&batch.bytes, batch.rows, self.device);
+            let synchronising = self.parallel.as_ref().filter(|_| micro + 1 == accumulate);
+            if let Some(parallel) = synchronising {
+                parallel.prepare_for_forward()?;
+            }
             let logits = autocast(self.device, self.config.train.precision, || self.model.forward(&inputs))?;
             let loss = cross_entropy(&logits, &targets);
             loss_sum += loss.detach();
             let loss = loss / accumulate as f64;
-            match &self.scaler {
-                Some(scaler) => scaler.scale(&loss).backward(),
+            let loss = self.scaler.as_ref().map_or(loss.shallow_clone(), |scaler| scaler.scale(&loss));
+            if let Some(parallel) = synchronising {
+                parallel.prepare_for_backward()?;
+            }
+            match &self.parallel {
                 None => loss.backward(),
+                Some(parallel) => {
+                    backward(&loss).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
+                }
             }
             bytes += targets.numel() as u64;
             self.progress.position = batch.position_after;
         }
-        let loss = loss_sum / accumulate as f64;
+        let mut loss = loss_sum / accumulate as f64;
 
-        let grads = self.optimizer.gradients();
-        let found_inf = Tensor::zeros([], (Kind::Float, self.device));
+        let grads = match &mut self.parallel {
+            Some(parallel) => parallel.gradients(&self.optimizer)?,
+            None => self.optimizer.gradients(),
+        };
+        let mut found_inf = Tensor::zeros([], (Kind::Float, self.device));
         if let Some(scaler) = &self.scaler {
             scaler.unscale(&grads, &found_inf)?;
         }
-        let norm = foreach_norm(&grads)?;
+        let mut norm = foreach_norm(&grads)?;
+        let mut stop = false;
+        if let Some(parallel) = &self.parallel {
+            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst))?;
+            (loss, norm, found_inf, stop) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.stop);
+            bytes *= parallel.ddp().world_size() as u64;
+        }
         let not_finite = norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float);
         let found_inf = found_inf.maximum(&not_finite);
         if self.config.optim.grad_clip > 0.0 {
             clip_gradients(&grads, &norm, self.config.optim.grad_clip)?;
         }
-        self.optimizer.step(lr, &found_inf)?;
+        self.optimizer.step(&grads, lr, &found_inf)?;
+        if let Some(parallel) = &self.parallel {
+            parallel.after_step()?;
+        }
         if let Some(scaler) = &mut self.scaler {
             scaler.update(&found_inf);
         }
@@ -357,7 +497,19 @@ impl Trainer {
         self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
         self.progress.completed += 1;
         self.progress.bytes_seen += bytes;
-        Ok(Step { loss: loss.double_value(&[]), grad_norm: norm.double_value(&[]), bytes })
+        Ok(Step { loss: loss.double_value(&[]), grad_norm: norm.double_value(&[]), bytes, stop })
+    }
+
+    /// Says what this rank is doing, for the watch.
+    fn enter(&self, phase: Phase) {
+        if let Some(parallel) = &self.parallel {
+            parallel.ddp().enter(phase, self.progress.completed);
+        }
+    }
+
+    /// This rank's number and that of all.
+    fn place(&self) -> (usize, usize) {
+        self.parallel.as_ref().map_or((0, 1), |parallel| (parallel.ddp().rank(), parallel.ddp().world_size()))
     }
 
     /// Batches for the steps up to `end`, prepared ahead.
@@ -365,14 +517,15 @@ impl Trainer {
         let total = self.config.train.steps;
         let curriculum = self.config.data.curriculum();
         let plan = (self.progress.completed..end).map(move |s| seq_len_for_step(s, total, &curriculum) as usize);
+        let (rank, world) = self.place();
         let options = LoaderOptions {
             order: self.config.data.order,
             seed: self.config.data.seed,
             start: self.progress.position,
             batch_size: self.config.train.batch_size as usize,
             grad_accum: self.config.train.grad_accum as usize,
-            rank: 0,
-            world: 1,
+            rank,
+            world,
         };
         Loader::new(self.train_set.clone(), options, plan).map_err(in_train_data)
     }
@@ -417,27 +570,51 @@ impl Trainer {
         let seq_len = self.config.data.max_seq_len() as usize;
         let options = EvalOptions { seq_len, stride: seq_len, precision: self.config.train.precision };
         let documents = sample(val_set, self.config.train.eval_bytes);
-        let found = evaluate(&self.model, &documents, options, self.device, |_| {})?;
+        self.enter(Phase::Evaluating);
+        // Each batch is a sign of life.
+        let alive = |_| self.enter(Phase::Evaluating);
+        let mut found = evaluate_part(&self.model, &documents, options, self.device, self.place(), alive)?;
+        if let Some(parallel) = &self.parallel {
+            found.sums = parallel.sum(&found.sums, self.device)?;
+        }
+        let found = found.total();
         Ok(ValRow { step, val_loss: found.loss, val_bits_per_byte: found.bits_per_byte(), bytes: found.bytes })
     }
 
-    /// Writes a checkpoint and makes it the latest.
+    /// Writes a checkpoint and makes it the latest: rank 0 does, and all ranks take part.
     fn save(&mut self, best: bool) -> Result<(), TrainError> {
-        let path = self.run.after(self.progress.completed);
-        let last = self.progress.completed.saturating_sub(1);
-        let contents = Contents {
-            config: &self.config,
-            vs: &self.vs,
-            optimizer: &self.optimizer,
-            lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
-            scaler: self.scaler.as_ref().map(GradScaler::state),
-            progress: &self.progress,
+        self.enter(Phase::Saving);
+        let gathered = match &self.parallel {
+            Some(parallel) => parallel.gather_state(&self.optimizer)?,
+            None => None,
         };
-        contents.write(&path)?;
-        self.run.publish(self.progress.completed, self.config.train.keep, best)?;
+        if self.is_main() {
+            let path = self.run.after(self.progress.completed);
+            let last = self.progress.completed.saturating_sub(1);
+            let contents = Contents {
+                config: &self.config,
+                vs: &self.vs,
+                optimizer: gathered.as_deref().unwrap_or(&self.optimizer.state),
+                lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
+                scaler: self.scaler.as_ref().map(GradScaler::state),
+                progress: &self.progress,
+            };
+            contents.write(&path)?;
+            self.run.publish(self.progress.completed, self.config.train.keep, best)?;
+        }
         self.checkpoint = Some(self.run.latest());
         Ok(())
     }
+}
+
+/// `loss.backward()`, its failure as an error and not as a panic; but for want of memory, which is this rank's own
+/// failure, and everywhere a panic.
+fn backward(loss: &Tensor) -> Result<(), libtorch::Error> {
+    loss.f_backward().map_err(|error| {
+        let text = error.to_string();
+        assert!(!text.contains("out of memory") && !text.contains("can't allocate memory"), "{text}");
+        libtorch::Error(text.lines().next().unwrap_or_default().to_string())
+    })
 }
 
 /// Time, bytes and waiting since the last row of the log.

@@ -27,18 +27,30 @@ pub struct AdamWState {
     pub exp_avg_sq: Tensor,
 }
 
+impl AdamWState {
+    /// The state of a parameter of shape `size` before the first step.
+    pub fn zeros(size: &[i64], device: Device) -> Self {
+        let zeros = |size: &[i64]| Tensor::zeros(size, (Kind::Float, device));
+        Self { step: zeros(&[]), exp_avg: zeros(size), exp_avg_sq: zeros(size) }
+    }
+
+    /// Takes over the values of another of the same shape, from whatever device.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.step.copy_(&other.step);
+        self.exp_avg.copy_(&other.exp_avg);
+        self.exp_avg_sq.copy_(&other.exp_avg_sq);
+    }
+
+    /// Handles to the three tensors.
+    pub fn tensors(&self) -> [Tensor; 3] {
+        [&self.step, &self.exp_avg, &self.exp_avg_sq].map(Tensor::shallow_clone)
+    }
+}
+
 impl AdamW {
     /// A fresh optimizer: zero moments, no steps taken.
     pub fn new(params: Vec<Tensor>, config: &OptimConfig) -> Self {
-        let _no_grad = tch::no_grad_guard();
-        let state = params
-            .iter()
-            .map(|p| AdamWState {
-                step: Tensor::zeros([], (Kind::Float, p.device())),
-                exp_avg: p.zeros_like(),
-                exp_avg_sq: p.zeros_like(),
-            })
-            .collect();
+        let state = params.iter().map(|p| AdamWState::zeros(&p.size(), p.device())).collect();
         Self { params, state, config: config.clone() }
     }
 
@@ -48,15 +60,16 @@ impl AdamW {
         self.params.iter().map(Tensor::grad).collect()
     }
 
-    /// One step with learning rate `lr`. Nothing changes where `found_inf` (fp32 `[]`) is 1.
+    /// One step along `grads`, shaped as the parameters, with learning rate `lr`. Nothing changes where
+    /// `found_inf` (fp32 `[]`) is 1.
     ///
     /// # Errors
     /// libtorch's own.
-    pub fn step(&mut self, lr: f64, found_inf: &Tensor) -> Result<(), Error> {
+    pub fn step(&mut self, grads: &[Tensor], lr: f64, found_inf: &Tensor) -> Result<(), Error> {
         let list = |f: fn(&AdamWState) -> &Tensor| self.state.iter().map(|s| f(s).shallow_clone()).collect::<Vec<_>>();
         libtorch::fused_adamw(
             &self.params,
-            &self.gradients(),
+            grads,
             &list(|s| &s.exp_avg),
             &list(|s| &s.exp_avg_sq),
             &list(|s| &s.step),
@@ -67,7 +80,11 @@ impl AdamW {
 
     /// Sets all gradients to zero.
     pub fn zero_grad(&mut self) {
-        self.params.iter_mut().for_each(Tensor::zero_grad);
+        let _no_grad = tch::no_grad_guard();
+        // Not tch's zero_grad, which detaches in place: gradients may be views of a reducer's buckets.
+        for mut grad in self.params.iter().map(Tensor::grad).filter(Tensor::defined) {
+            let _ = grad.zero_();
+        }
     }
 }
 
@@ -194,7 +211,7 @@ mod tests {
         for (g, found_inf) in [(0.3, &go), (5.0, &skip), (-0.2, &go), (0.1, &go)] {
             optimizer.zero_grad();
             set_gradient(&p, g);
-            optimizer.step(1e-2, found_inf).unwrap();
+            optimizer.step(&optimizer.gradients(), 1e-2, found_inf).unwrap();
         }
         let expected = closed_form(0.7, &[0.3, -0.2, 0.1], 1e-2, &config);
         assert!((p.double_value(&[0]) - expected).abs() < 1e-6);

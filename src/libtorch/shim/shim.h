@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 namespace bbt {
 
@@ -26,6 +27,8 @@ char* guarded(Body&& body) {
   try {
     body();
     return nullptr;
+  } catch (const c10::Error& error) {
+    return message(error.what_without_backtrace());
   } catch (const std::exception& error) {
     return message(error.what());
   } catch (...) {
@@ -65,6 +68,44 @@ char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::T
 char* bbt_foreach_norm(at::Tensor* const* tensors, size_t n, at::Tensor** norm);
 char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor);
 char* bbt_amp_unscale(at::Tensor* const* grads, size_t n, at::Tensor* found_inf, at::Tensor* inverse_scale);
+
+// grad.cpp. Makes `grad` the gradient of `tensor`.
+char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad);
+
+// store.cpp. A handle `void*` stands for a c10d object; `_free` drops it. Times in milliseconds. Keys are put
+// behind `prefix` where it is not empty. With `is_server` this process holds the store; port 0: any free one.
+char* bbt_store_new(const char* host, uint16_t port, int is_server, int64_t timeout_ms, const char* prefix,
+                    void** store, uint16_t* actual_port);
+void bbt_store_free(void* store);
+char* bbt_store_set(void* store, const char* key, const uint8_t* value, size_t n);
+// Waits for the key. The caller frees `*value` with free.
+char* bbt_store_get(void* store, const char* key, int64_t timeout_ms, uint8_t** value, size_t* n);
+char* bbt_store_add(void* store, const char* key, int64_t amount, int64_t* sum);
+char* bbt_store_check(void* store, const char* key, int* present);
+
+// process_group.cpp. `cuda_device` is -1 on the CPU. Collectives return once their result may be used on the
+// current stream.
+char* bbt_process_group_new(void* store, int rank, int size, int nccl, int cuda_device, int64_t timeout_ms,
+                            void** group);
+char* bbt_process_group_shutdown(void* group);
+void bbt_process_group_free(void* group);
+// The sum over ranks, or the largest; in place.
+char* bbt_all_reduce(void* group, at::Tensor* tensor, int max);
+char* bbt_broadcast(void* group, at::Tensor* const* tensors, size_t n, int root);
+// `output` is as many times as long as `input` as there are ranks; reduce_scatter (sum): the other way round.
+char* bbt_all_gather(void* group, at::Tensor* output, at::Tensor* input);
+char* bbt_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input);
+char* bbt_barrier(void* group);
+
+// reducer.cpp
+char* bbt_reducer_new(void* group, at::Tensor* const* params, size_t n, int64_t bucket_bytes, void** reducer);
+void bbt_reducer_free(void* reducer);
+char* bbt_reducer_rebuild_buckets(void* reducer);
+char* bbt_reducer_prepare_for_forward(void* reducer);
+char* bbt_reducer_prepare_for_backward(void* reducer);
+char* bbt_reducer_measure_every(void* reducer, int steps);
+char* bbt_reducer_times(void* reducer, int64_t* forward, int64_t* backward, int64_t* communication,
+                        int64_t* overlap);
 
 // memory.cpp. Bytes on CUDA device `index`.
 char* bbt_cuda_memory(int index, uint64_t* free_bytes, uint64_t* total_bytes, uint64_t* peak_bytes);

@@ -1,0 +1,2 @@
+// ProcessGroupGloo.hpp includes this header and uses nothing of it. See ../../README.md.
+#pragma once

@@ -1,0 +1,11 @@
+// Of gloo's Context ProcessGroupGloo.hpp calls only setTimeout. See ../README.md.
+#pragma once
+
+#include <chrono>
+
+namespace gloo {
+class Context {
+ public:
+  void setTimeout(std::chrono::milliseconds timeout);
+};
+}  // namespace gloo

@@ -1,0 +1,145 @@
+//! The optimizer's state sharded over ranks: ZeRO stage 1 (Rajbhandari et al. 2020, arXiv 1910.02054).
+//!
+//! All parameters lie one behind the other in one flat tensor, and so do their gradients; both are padded to a
+//! multiple of the number of ranks N. A step is: reduce-scatter (each rank gets the mean gradient of its N-th
+//! part), AdamW on that part, all-gather of the parameters. So a rank keeps 1/N of the moments, 8/N bytes a
+//! parameter and not 8, and sends as much as an all-reduce would.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::libtorch::{Error, ProcessGroup, set_grad};
+use crate::utils::optim::AdamWState;
+
+/// Parameters and gradients laid out flat, and this rank's part of them.
+#[derive(Debug)]
+pub struct Shards {
+    /// All parameters, `[N · part]`; the model's are views of it.
+    params: Tensor,
+    /// Their gradients, likewise.
+    grads: Tensor,
+    /// This rank's mean gradient, `[part]`.
+    grad: Tensor,
+    sizes: Vec<Vec<i64>>,
+    rank: i64,
+    ranks: i64,
+}
+
+impl Shards {
+    /// Moves `params` (fp32, on one device) into one flat tensor, of which they become views.
+    ///
+    /// # Errors
+    /// libtorch's own.
+    pub fn new(mut params: Vec<Tensor>, rank: usize, ranks: usize) -> Result<Self, Error> {
+        let _no_grad = tch::no_grad_guard();
+        let (rank, ranks) = (rank as i64, ranks as i64);
+        let device = params.first().map_or(Device::Cpu, Tensor::device);
+        let sizes: Vec<Vec<i64>> = params.iter().map(Tensor::size).collect();
+        let count: i64 = params.iter().map(|p| p.numel() as i64).sum();
+        let part = (count + ranks - 1) / ranks;
+        let zeros = |n: i64| Tensor::zeros([n], (Kind::Float, device));
+        let shards =
+            Self { params: zeros(part * ranks), grads: zeros(part * ranks), grad: zeros(part), sizes, rank, ranks };
+        let (values, grads) = (shards.views(&shards.params), shards.views(&shards.grads));
+        for ((param, mut value), grad) in params.iter_mut().zip(values).zip(grads) {
+            value.copy_(param);
+            param.set_data(&value);
+            set_grad(param, &grad)?;
+        }
+        Ok(shards)
+    }
+
+    /// The parts of `flat` that belong to each parameter, in its shape.
+    fn views(&self, flat: &Tensor) -> Vec<Tensor> {
+        let mut start = 0;
+        let view = |size: &Vec<i64>| {
+            let n = size.iter().product();
+            let view = flat.narrow(0, start, n).view(size.as_slice());
+            start += n;
+            view
+        };
+        self.sizes.iter().map(view).collect()
+    }
+
+    /// This rank's part of `flat`.
+    fn part(&self, flat: &Tensor) -> Tensor {
+        let part = flat.size()[0] / self.ranks;
+        flat.narrow(0, self.rank * part, part)
+    }
+
+    /// This rank's part of the parameters: what its optimizer steps.
+    pub fn param(&self) -> Tensor {
+        self.part(&self.params)
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero_grad(&mut self) {
+        let _ = self.grads.zero_();
+    }
+
+    /// This rank's part of the gradient's mean over ranks.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn reduce_gradients(&mut self, group: &ProcessGroup) -> Result<Tensor, Error> {
+        group.reduce_scatter(&self.grad, &self.grads)?;
+        let _ = self.grad.g_div_scalar_(self.ranks as f64);
+        Ok(self.grad.shallow_clone())
+    }
+
+    /// After each rank has stepped its part: gives every rank all of them.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn gather_parameters(&self, group: &ProcessGroup) -> Result<(), Error> {
+        let _no_grad = tch::no_grad_guard();
+        // Not in place: Gloo's all-gather must not read what it writes.
+        group.all_gather(&self.params, &self.param().copy())
+    }
+
+    /// The whole optimizer state on the CPU, parameter by parameter, on rank 0; nothing on the others, which
+    /// take part. Holds one moment at a time in whole on the device.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn gather_state(&self, group: &ProcessGroup, own: &AdamWState) -> Result<Vec<AdamWState>, Error> {
+        let _no_grad = tch::no_grad_guard();
+        let whole = |part: &Tensor| -> Result<Vec<Tensor>, Error> {
+            let flat = Tensor::zeros(self.params.size(), (Kind::Float, part.device()));
+            group.all_gather(&flat, part)?;
+            Ok(if self.rank == 0 { self.views(&flat.to_device(Device::Cpu)) } else { vec![] })
+        };
+        let (exp_avg, exp_avg_sq) = (whole(&own.exp_avg)?, whole(&own.exp_avg_sq)?);
+        let moments = exp_avg.into_iter().zip(exp_avg_sq);
+        let step = own.step.to_device(Device::Cpu);
+        Ok(moments.map(|(exp_avg, exp_avg_sq)| AdamWState { step: step.copy(), exp_avg, exp_avg_sq }).collect())
+    }
+
+    /// Gives each rank its part of rank 0's whole state.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn scatter_state(
+        &self,
+        group: &ProcessGroup,
+        whole: Option<&[AdamWState]>,
+        own: &mut AdamWState,
+    ) -> Result<(), Error> {
+        let _no_grad = tch::no_grad_guard();
+        let device = self.params.device();
+        let spread = |to: &mut Tensor, field: fn(&AdamWState) -> &Tensor| {
+            let flat = Tensor::zeros(self.params.size(), (Kind::Float, device));
+            for (mut view, state) in self.views(&flat).iter_mut().zip(whole.unwrap_or_default()).map(|(v, s)| (v.shallow_clone(), s)) {
+                view.copy_(field(state));
+            }
+            group.broadcast(&[flat.shallow_clone()], 0)?;
+            to.copy_(&self.part(&flat));
+            Ok::<(), Error>(())
+        };
+        spread(&mut own.exp_avg, |s| &s.exp_avg)?;
+        spread(&mut own.exp_avg_sq, |s| &s.exp_avg_sq)?;
+        if let Some(first) = whole.and_then(|whole| whole.first()) {
+            own.step.copy_(&first.step);
+        }
+        group.broadcast(&[own.step.shallow_clone()], 0)
+    }
+}
