@@ -28,12 +28,17 @@ libtorch:
 	case "$$version" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) ;; *) \
 	  echo "make: LIBTORCH=$(LIBTORCH) holds libtorch $${version:-of no known version}, but bbt needs $(TORCH_VERSION): point it to one, or unset it" >&2; exit 1;; esac
 else
-libtorch: .libtorch/torch/version.py
+# NCCL's headers include these of CUDA, at the version that the wheel was built with.
+CUDA_HEADERS = nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+LIBTORCH_STAMP = .libtorch/nvidia/cu13/include/crt/host_defines.h
+
+libtorch: $(LIBTORCH_STAMP)
 
 # Installed beside and moved into place, so that an interrupted download leaves nothing behind.
-.libtorch/torch/version.py:
+$(LIBTORCH_STAMP):
 	rm -rf .libtorch .libtorch.tmp
-	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp torch==$(TORCH_VERSION) numpy
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp \
+	  torch==$(TORCH_VERSION) numpy $(CUDA_HEADERS)
 	mv .libtorch.tmp .libtorch
 endif
 

@@ -5,10 +5,11 @@ mod common;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use bbt::checkpoint::{Value, torch_file};
+use bbt::checkpoint::torch_file;
 use bbt::config::{Config, ModelConfig, Order, Precision};
 use bbt::training::metrics::{self, Row, TrainObserver, TrainRow};
 use bbt::training::{Start, Trainer};
+use common::assert_same_checkpoint;
 
 fn config(precision: Precision, order: Order, out: &Path) -> Config {
     let mut config = Config {
@@ -48,32 +49,6 @@ fn log(dir: &Path) -> Vec<Row> {
     rows.into_iter().map(timeless).collect()
 }
 
-/// Everything in two checkpoints, down to the bits of each tensor, but for the directory's name.
-fn assert_same(a: &Value, b: &Value, key: &str) {
-    match (a, b) {
-        (Value::Tensor(a), Value::Tensor(b)) => {
-            assert_eq!((a.dtype(), &a.shape), (b.dtype(), &b.shape), "{key}");
-            assert!(a.contiguous_bytes() == b.contiguous_bytes(), "{key} differs");
-        }
-        (Value::Str(_), Value::Str(_)) if key.ends_with(".config") || key.ends_with(".out") => {}
-        (Value::Str(a), Value::Str(b)) => assert_eq!(a, b, "{key}"),
-        _ => {
-            let (x, y) = (a.entries(), b.entries());
-            assert_eq!((x.len(), a.elements().len()), (y.len(), b.elements().len()), "{key}");
-            for ((k, x), (l, y)) in x.iter().zip(y) {
-                assert_eq!(k, l, "{key}");
-                assert_same(x, y, &format!("{key}.{}", k.as_str().unwrap_or("?")));
-            }
-            for (x, y) in a.elements().iter().zip(b.elements()) {
-                assert_same(x, y, key);
-            }
-            if x.is_empty() && a.elements().is_empty() {
-                assert_eq!(a, b, "{key}");
-            }
-        }
-    }
-}
-
 #[test]
 fn a_resumed_run_is_bit_identical() {
     for (precision, order) in [
@@ -93,7 +68,7 @@ fn a_resumed_run_is_bit_identical() {
             let resume = Start::Resume { path: parts.join("ckpt.pt"), optimizer_state: true };
             assert!(train(config(precision, order, &parts), resume));
             let read = |dir: &Path| torch_file::read(&dir.join("ckpt.pt")).expect("reads");
-            assert_same(&read(&whole), &read(&parts), "");
+            assert_same_checkpoint(&read(&whole), &read(&parts), "");
             assert_eq!(log(&whole), log(&parts), "{precision:?} {order:?} {stop}");
         }
     }

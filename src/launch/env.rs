@@ -28,7 +28,9 @@ pub struct RankEnv {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum EnvError {
     /// One is missing.
-    #[error("{0} is not set: --ddp needs torchrun's variables; start with `torchrun --no-python … bbt train …` or `bbt launch … -- train …`")]
+    #[error(
+        "{0} is not set: --ddp needs torchrun's variables; start with `torchrun --no-python … bbt train …` or `bbt launch … -- train …`"
+    )]
     Missing(&'static str),
     /// One has a value that it cannot have.
     #[error("{name}={value}: {expected}")]

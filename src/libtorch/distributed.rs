@@ -205,9 +205,7 @@ impl ProcessGroup {
     /// A rank is gone or does not come within the timeout.
     pub fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<(), Error> {
         // SAFETY: a live group and tensor.
-        ffi::check(unsafe {
-            ffi::bbt_all_reduce(self.handle.raw, tensor.as_ptr(), c_int::from(op == ReduceOp::Max))
-        })
+        ffi::check(unsafe { ffi::bbt_all_reduce(self.handle.raw, tensor.as_ptr(), c_int::from(op == ReduceOp::Max)) })
     }
 
     /// Copies rank `root`'s `tensors` into those of every rank.

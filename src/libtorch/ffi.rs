@@ -77,12 +77,7 @@ unsafe extern "C" {
     pub fn bbt_process_group_shutdown(group: *mut c_void) -> *mut c_char;
     pub fn bbt_process_group_free(group: *mut c_void);
     pub fn bbt_all_reduce(group: *mut c_void, tensor: *const C_tensor, max: c_int) -> *mut c_char;
-    pub fn bbt_broadcast(
-        group: *mut c_void,
-        tensors: *const *const C_tensor,
-        n: usize,
-        root: c_int,
-    ) -> *mut c_char;
+    pub fn bbt_broadcast(group: *mut c_void, tensors: *const *const C_tensor, n: usize, root: c_int) -> *mut c_char;
     pub fn bbt_all_gather(group: *mut c_void, output: *const C_tensor, input: *const C_tensor) -> *mut c_char;
     pub fn bbt_reduce_scatter(group: *mut c_void, output: *const C_tensor, input: *const C_tensor) -> *mut c_char;
     pub fn bbt_barrier(group: *mut c_void) -> *mut c_char;

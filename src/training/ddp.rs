@@ -65,7 +65,9 @@ pub enum DdpError {
         source: libtorch::Error,
     },
     /// A rank means another run.
-    #[error("rank {rank} (on {host}) has {key} {theirs}, but rank 0 has {ours}: start every rank with the same program, configuration and data")]
+    #[error(
+        "rank {rank} (on {host}) has {key} {theirs}, but rank 0 has {ours}: start every rank with the same program, configuration and data"
+    )]
     Differs {
         /// The rank.
         rank: usize,
@@ -91,7 +93,9 @@ pub enum DdpError {
         device: String,
     },
     /// There are fewer GPUs than ranks.
-    #[error("LOCAL_RANK={local_rank} has no GPU: this machine has {gpus}; start at most {gpus} ranks here (--nproc-per-node), or train on the CPU with --device cpu")]
+    #[error(
+        "LOCAL_RANK={local_rank} has no GPU: this machine has {gpus}; start at most {gpus} ranks here (--nproc-per-node), or train on the CPU with --device cpu"
+    )]
     TooFewGpus {
         /// This rank on its machine.
         local_rank: usize,
@@ -116,7 +120,9 @@ pub enum DdpError {
         source: libtorch::Error,
     },
     /// Parameters are not what they should be.
-    #[error("rank {rank} has other parameters than rank 0 after they were sent: its memory or the network damages data")]
+    #[error(
+        "rank {rank} has other parameters than rank 0 after they were sent: its memory or the network damages data"
+    )]
     Parameters {
         /// The rank.
         rank: usize,
@@ -263,8 +269,7 @@ impl Ddp {
         }
         let mut devices = BTreeMap::from([((own.host.clone(), own.device.clone()), 0)]);
         for rank in 1..self.env.world_size {
-            let missing =
-                DdpError::Missing { rank, seconds: self.timeout.as_secs(), world_size: self.env.world_size };
+            let missing = DdpError::Missing { rank, seconds: self.timeout.as_secs(), world_size: self.env.world_size };
             let Some(theirs) = self.store.get(&hello(rank), self.timeout).ok() else { return Err(missing) };
             let Ok(theirs) = serde_json::from_slice::<Hello>(&theirs) else {
                 return Err(differs(rank, "?", "program", "another version", "this one"));
@@ -319,7 +324,11 @@ impl Ddp {
     }
 
     fn of_rank(&self, message: String) -> String {
-        if self.env.world_size == 1 || self.env.rank == 0 { message } else { format!("rank {}: {message}", self.env.rank) }
+        if self.env.world_size == 1 || self.env.rank == 0 {
+            message
+        } else {
+            format!("rank {}: {message}", self.env.rank)
+        }
     }
 
     /// The run has ended on this rank: the others' ends are no failures any more.

@@ -204,9 +204,9 @@ impl Parallel {
                 let tensors: Vec<Tensor> = optimizer.state.iter().flat_map(AdamWState::tensors).collect();
                 self.ddp.collective(|| self.group.broadcast(&tensors, 0))
             }
-            Averaging::Sharded(shards) => self.ddp.collective(|| {
-                shards.scatter_state(&self.group, whole.as_deref(), &mut optimizer.state[0])
-            }),
+            Averaging::Sharded(shards) => {
+                self.ddp.collective(|| shards.scatter_state(&self.group, whole.as_deref(), &mut optimizer.state[0]))
+            }
         }
     }
 

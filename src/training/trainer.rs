@@ -271,8 +271,20 @@ impl Trainer {
         };
         let run = RunDir::new(&config.train.out);
         let progress = restored.progress;
-        let mut trainer =
-            Self { parallel, config, run, device, vs, model, optimizer, scaler, train_set, val_set, progress, checkpoint };
+        let mut trainer = Self {
+            parallel,
+            config,
+            run,
+            device,
+            vs,
+            model,
+            optimizer,
+            scaler,
+            train_set,
+            val_set,
+            progress,
+            checkpoint,
+        };
         trainer.arrange_buckets()?;
         Ok(trainer)
     }
@@ -310,8 +322,13 @@ impl Trainer {
         self.parallel.as_ref().is_none_or(Parallel::is_main)
     }
 
-    /// The ranks, where there are several; for benches.
-    #[doc(hidden)]
+    /// Bytes of optimizer state that this process keeps.
+    pub fn optimizer_bytes(&self) -> u64 {
+        let tensors = self.optimizer.state.iter().flat_map(AdamWState::tensors);
+        tensors.map(|t| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum()
+    }
+
+    /// The engine that averages gradients, where ranks train together and do not shard them: tells its times.
     pub fn reducer(&self) -> Option<&libtorch::Reducer> {
         self.parallel.as_ref().and_then(Parallel::reducer)
     }

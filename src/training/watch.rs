@@ -20,7 +20,7 @@ const EVERY: Duration = Duration::from_millis(500);
 /// How long ranks have to answer the roll call.
 const ROLL_CALL: Duration = Duration::from_secs(5);
 /// How long the others leave the one that tells what happened, before they end.
-const TELLING: Duration = Duration::from_secs(1);
+const TELLING: Duration = Duration::from_secs(2);
 /// After so long the verdict is not waited for any more.
 const VERDICT: Duration = Duration::from_secs(20);
 /// How long rank 0 goes ahead with a failure that every rank has noticed.
@@ -30,6 +30,8 @@ const RANK_ZERO_FIRST: Duration = Duration::from_millis(300);
 const FAILED: &str = "failed";
 /// What came out.
 const VERDICT_KEY: &str = "verdict";
+/// Counts the ranks that have seen it.
+const SEEN: &str = "seen";
 
 /// Called when this process has to end because of a failure: with the message where this rank is the one to tell
 /// it. Does not return in a program; in a test it may.
@@ -108,6 +110,8 @@ struct Shared {
     /// Since when the store has owed an answer to this thread.
     asked: Mutex<Option<Instant>>,
     done: AtomicBool,
+    /// Another rank tells of a failure: this one only has to end.
+    ending: AtomicBool,
     on_failure: OnFailure,
 }
 
@@ -141,6 +145,7 @@ impl Watch {
             reporting: Mutex::new(None),
             asked: Mutex::new(None),
             done: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             on_failure,
         });
         let (asking, guarding) = (shared.clone(), shared.clone());
@@ -164,13 +169,19 @@ impl Watch {
 
     /// Reports a failure of the main thread through `store`, its own connection.
     pub fn fail(&self, store: &Store, cause: Cause) -> Verdict {
-        *lock(&self.shared.reporting) = Some(Instant::now());
         if let Cause::Own(message) = &cause {
             *lock(&self.shared.error) = Some(message.clone());
             if self.shared.rank != 0 {
                 thread::sleep(RANK_ZERO_FIRST);
             }
         }
+        let reporting = lock(&self.shared.reporting).is_some();
+        if reporting || self.shared.ending.load(Ordering::SeqCst) {
+            // The other thread is at it, and ends the process.
+            thread::sleep(VERDICT + TELLING);
+            return Verdict::Quiet;
+        }
+        *lock(&self.shared.reporting) = Some(Instant::now());
         self.shared.report(store, cause)
     }
 
@@ -209,7 +220,9 @@ impl Shared {
                 Ok(false) => {}
             }
             let (phase, step, since) = *lock(&self.now);
-            if since.elapsed() > self.timeout {
+            // Getting ready has several waits, each with a timeout and a message of its own.
+            let patience = if phase == Phase::Starting { 4 } else { 1 };
+            if since.elapsed() > self.timeout * patience {
                 let cause = format!(
                     "rank {} has been {} at step {} for {} s",
                     self.rank,
@@ -233,9 +246,16 @@ impl Shared {
         if lock(&self.reporting).is_some() {
             return;
         }
+        self.ending.store(true, Ordering::SeqCst);
         let _ = self.say_alive(store);
-        wait_for(store, VERDICT_KEY, VERDICT);
+        self.see_verdict(store);
         self.end_quietly();
+    }
+
+    fn see_verdict(&self, store: &Store) {
+        if wait_for(VERDICT, || store.contains(VERDICT_KEY)) {
+            let _ = store.add(SEEN, 1);
+        }
     }
 
     fn end_quietly(&self) {
@@ -254,7 +274,7 @@ impl Shared {
             let first = store.add(FAILED, 1)? == 1;
             self.say_alive(store)?;
             if !first {
-                wait_for(store, VERDICT_KEY, VERDICT);
+                self.see_verdict(store);
                 return Ok(Verdict::Quiet);
             }
             let message = match &cause {
@@ -262,6 +282,9 @@ impl Shared {
                 Cause::Others(message) => self.call_the_roll(store, message),
             };
             store.set(VERDICT_KEY, message.as_bytes())?;
+            // With this process the store may go: the others must have seen that it is told.
+            let others = self.world_size as i64 - 1;
+            wait_for(TELLING, || Ok(store.add(SEEN, 0)? >= others));
             Ok(Verdict::Tell(message))
         };
         match (verdict(), cause) {
@@ -285,9 +308,11 @@ impl Shared {
             }
             thread::sleep(EVERY / 10);
         }
-        let name = |rank: usize| match store.get(&super::ddp::hello(rank), EVERY).ok().and_then(|bytes| {
-            serde_json::from_slice::<super::ddp::Hello>(&bytes).ok()
-        }) {
+        let name = |rank: usize| match store
+            .get(&super::ddp::hello(rank), EVERY)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<super::ddp::Hello>(&bytes).ok())
+        {
             Some(hello) => format!("rank {rank} (process {} on {})", hello.pid, hello.host),
             None => format!("rank {rank}"),
         };
@@ -298,9 +323,10 @@ impl Shared {
         }
         let silent: Vec<String> = answers().filter(|(_, a)| a.is_none()).map(|(rank, _)| name(rank)).collect();
         if !silent.is_empty() {
-            let (verb, they) = if silent.len() == 1 { ("does", "it has") } else { ("do", "they have") };
+            let (does, has, hangs) =
+                if silent.len() == 1 { ("does", "it has", "hangs") } else { ("do", "they have", "hang") };
             return format!(
-                "{} {verb} not answer at step {step}: {they} died, or hang, or cannot be reached. {REMEDY}",
+                "{} {does} not answer at step {step}: {has} died, {hangs}, or cannot be reached. {REMEDY}",
                 silent.join(", ")
             );
         }
@@ -355,10 +381,15 @@ fn alive(rank: usize) -> String {
     format!("alive/{rank}")
 }
 
-/// Waits for a key, asking now and then; gives up after `limit`, or when the store is gone.
-fn wait_for(store: &Store, key: &str, limit: Duration) {
+/// Waits until `condition` holds, asking now and then; gives up after `limit`, or when the store is gone.
+fn wait_for(limit: Duration, mut condition: impl FnMut() -> Result<bool, Error>) -> bool {
     let began = Instant::now();
-    while began.elapsed() < limit && matches!(store.contains(key), Ok(false)) {
-        thread::sleep(EVERY / 5);
+    while began.elapsed() < limit {
+        match condition() {
+            Ok(true) => return true,
+            Ok(false) => thread::sleep(EVERY / 5),
+            Err(_) => return false,
+        }
     }
+    false
 }

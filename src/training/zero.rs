@@ -128,7 +128,9 @@ impl Shards {
         let device = self.params.device();
         let spread = |to: &mut Tensor, field: fn(&AdamWState) -> &Tensor| {
             let flat = Tensor::zeros(self.params.size(), (Kind::Float, device));
-            for (mut view, state) in self.views(&flat).iter_mut().zip(whole.unwrap_or_default()).map(|(v, s)| (v.shallow_clone(), s)) {
+            for (mut view, state) in
+                self.views(&flat).iter_mut().zip(whole.unwrap_or_default()).map(|(v, s)| (v.shallow_clone(), s))
+            {
                 view.copy_(field(state));
             }
             group.broadcast(&[flat.shallow_clone()], 0)?;

@@ -126,6 +126,8 @@ impl Workspace {
             .env("OMP_NUM_THREADS", "1")
             .env("RUST_BACKTRACE", "1")
             .env_remove("BBT_LOG")
+            .env_remove("RANK")
+            .env_remove("WORLD_SIZE")
             .env_remove("NO_COLOR")
             .stdin(Stdio::null());
         command

@@ -6,6 +6,7 @@ pub mod cli;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use bbt::checkpoint::Value;
 use bbt::config::{ActQuant, ModelConfig, QuantConfig, Ste};
 use bbt::models::BitByteLM;
 use tch::{Device, Tensor, nn};
@@ -95,4 +96,30 @@ pub fn python(args: &[&std::ffi::OsStr]) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "Python with torch is needed (`make libtorch` installs it): {stderr}");
     String::from_utf8(output.stdout).expect("UTF-8 from Python")
+}
+
+/// Everything in two checkpoints, down to the bits of each tensor, but for the directory's name.
+pub fn assert_same_checkpoint(a: &Value, b: &Value, key: &str) {
+    match (a, b) {
+        (Value::Tensor(a), Value::Tensor(b)) => {
+            assert_eq!((a.dtype(), &a.shape), (b.dtype(), &b.shape), "{key}");
+            assert!(a.contiguous_bytes() == b.contiguous_bytes(), "{key} differs");
+        }
+        (Value::Str(_), Value::Str(_)) if key.ends_with(".config") || key.ends_with(".out") => {}
+        (Value::Str(a), Value::Str(b)) => assert_eq!(a, b, "{key}"),
+        _ => {
+            let (x, y) = (a.entries(), b.entries());
+            assert_eq!((x.len(), a.elements().len()), (y.len(), b.elements().len()), "{key}");
+            for ((k, x), (l, y)) in x.iter().zip(y) {
+                assert_eq!(k, l, "{key}");
+                assert_same_checkpoint(x, y, &format!("{key}.{}", k.as_str().unwrap_or("?")));
+            }
+            for (x, y) in a.elements().iter().zip(b.elements()) {
+                assert_same_checkpoint(x, y, key);
+            }
+            if x.is_empty() && a.elements().is_empty() {
+                assert_eq!(a, b, "{key}");
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 #include "distributed.h"
 #include "shim.h"
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
@@ -14,6 +15,9 @@ c10d::Store& store_of(void* handle) { return **static_cast<bbt::Store*>(handle);
 extern "C" char* bbt_store_new(const char* host, uint16_t port, int is_server, int64_t timeout_ms,
                                const char* prefix, void** store, uint16_t* actual_port) {
   return bbt::guarded([&] {
+    // Its warnings repeat, with stack traces, what comes back as an error.
+    setenv("TORCH_CPP_LOG_LEVEL", "ERROR", /*overwrite=*/0);
+    c10::initLogging();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = is_server != 0;

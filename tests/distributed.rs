@@ -1,0 +1,528 @@
+//! Many ranks, each a process of its own, over Gloo: under torchrun, and by the bare variables.
+
+mod common;
+
+use std::ffi::OsStr;
+use std::net::TcpListener;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use bbt::checkpoint::{Value, torch_file};
+use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, Precision, WeightQuant};
+use bbt::data::Order;
+use bbt::launch::RankEnv;
+use bbt::training::{Start, Trainer, setup_ddp};
+use common::assert_same_checkpoint;
+use common::cli::{Done, Running, Workspace};
+use tch::Tensor;
+
+/// Weights and activations in full precision: without rounding to codes, sums in another order stay as close
+/// as fp32 rounding makes them.
+const SMOOTH: &str = "--set quant.weight=none --set quant.act=none";
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    listener.local_addr().expect("an address").port()
+}
+
+/// One rank by torchrun's variables, without a launcher: rank 0 holds the store.
+fn rank(ws: &Workspace, line: &str, rank: usize, world: usize, port: u16) -> Command {
+    let mut command = ws.command(&line.split_whitespace().map(OsStr::new).collect::<Vec<_>>());
+    command
+        .env("RANK", rank.to_string())
+        .env("LOCAL_RANK", rank.to_string())
+        .env("WORLD_SIZE", world.to_string())
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", port.to_string());
+    command
+}
+
+fn start(ws: &Workspace, line: &str, world: usize) -> Vec<Running> {
+    let port = free_port();
+    (0..world).map(|r| Running::start(rank(ws, line, r, world, port))).collect()
+}
+
+fn torchrun_command(ws: &Workspace, world: usize, flags: &str, line: &str) -> Command {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let installed = root.join(".libtorch/bin/torchrun");
+    let mut command = ws.shell(&format!(
+        "exec {} --no-python --nproc-per-node={world} --master-port={} {flags} bbt {line}",
+        if installed.exists() { installed.display().to_string() } else { "torchrun".into() },
+        free_port()
+    ));
+    if installed.exists() {
+        command.env("PYTHONPATH", root.join(".libtorch"));
+    }
+    command
+}
+
+/// `bbt` under PyTorch's own launcher.
+fn torchrun(ws: &Workspace, world: usize, line: &str) -> Done {
+    let done = Running::start(torchrun_command(ws, world, "", line)).wait();
+    assert_eq!(done.status, Some(0), "torchrun … bbt {line}: {}", done.stderr);
+    done
+}
+
+/// Largest difference of losses, step by step.
+fn difference(ws: &Workspace, a: &str, b: &str) -> f64 {
+    let (a, b) = (ws.losses(&format!("{a}/metrics.jsonl")), ws.losses(&format!("{b}/metrics.jsonl")));
+    assert!(a.keys().eq(b.keys()), "{a:?} {b:?}");
+    a.values().zip(b.values()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Largest difference of weights and of AdamW's moments, relative to the largest value of each tensor.
+fn state_difference(ws: &Workspace, a: &str, b: &str) -> f64 {
+    let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
+    fn tensors(value: &Value, key: String, out: &mut Vec<(String, Vec<f32>)>) {
+        if let Value::Tensor(data) = value {
+            let bytes = data.contiguous_bytes();
+            out.push((key, bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()));
+            return;
+        }
+        for (k, v) in value.entries() {
+            let name = k.as_str().map_or_else(|| format!("{:?}", k.as_i64()), String::from);
+            tensors(v, format!("{key}.{name}"), out);
+        }
+    }
+    let all = |run: &str| {
+        let (value, mut out) = (read(run), vec![]);
+        for part in ["model", "opt"] {
+            tensors(value.get(part).expect(part), part.into(), &mut out);
+        }
+        out
+    };
+    let (a, b) = (all(a), all(b));
+    assert_eq!(a.len(), b.len());
+    let mut worst = 0f32;
+    for ((k, x), (l, y)) in a.iter().zip(&b) {
+        assert_eq!((k, x.len()), (l, y.len()));
+        let scale = x.iter().fold(1e-12f32, |m, v| m.max(v.abs()));
+        worst = x.iter().zip(y).fold(worst, |w, (x, y)| w.max((x - y).abs() / scale));
+    }
+    f64::from(worst)
+}
+
+// --- equality -------------------------------------------------------------------------------------
+
+#[test]
+fn ranks_train_as_one_would_on_their_joint_batch() {
+    let ws = Workspace::new();
+    let flags = format!(
+        "train --config tiny.yaml --steps 12 --set data.val=text.bin --set train.eval_every=6 \
+         --set train.eval_bytes=3000 --set train.grad_accum=2 {SMOOTH}"
+    );
+    ws.ok(&format!("{flags} --batch-size 4 --out one"));
+    for (name, world, batch, more) in [
+        ("two", 2, 2, ""),
+        ("four", 4, 1, ""),
+        ("checkpointed", 2, 2, "--set train.checkpointing=true"),
+        ("buckets", 2, 2, "--set ddp.bucket_cap_mb=1"),
+        ("sharded", 2, 2, "--set ddp.zero_stage=1"),
+        ("sharded4", 4, 1, "--set ddp.zero_stage=1 --set train.checkpointing=true"),
+    ] {
+        torchrun(&ws, world, &format!("{flags} --batch-size {batch} --out {name} --ddp {more}"));
+        assert!(difference(&ws, "one", name) < 2e-6, "{name}: {}", difference(&ws, "one", name));
+        assert!(state_difference(&ws, "one", name) < 1e-4, "{name}: {}", state_difference(&ws, "one", name));
+        let validations = |run: &str| -> Vec<f64> {
+            let rows = ws.rows(&format!("{run}/metrics.jsonl"));
+            rows.iter().filter_map(|row| row["val_loss"].as_f64()).collect()
+        };
+        let (a, b) = (validations("one"), validations(name));
+        assert_eq!((a.len(), b.len()), (2, 2));
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 2e-6), "{name}: {a:?} {b:?}");
+        let bytes = |run: &str| ws.rows(&format!("{run}/metrics.jsonl")).last().expect("a row")["bytes"].clone();
+        assert_eq!(bytes("one"), bytes(name));
+    }
+}
+
+#[test]
+fn every_precision_trains_with_quantization_on() {
+    let ws = Workspace::new();
+    let flags = "train --config tiny.yaml --set train.grad_accum=2";
+    for precision in ["fp32", "bf16", "fp16"] {
+        let flags = format!("{flags} --set train.precision={precision}");
+        ws.ok(&format!("{flags} --batch-size 4 --out one-{precision}"));
+        for zero in [0, 1] {
+            let out = format!("two-{precision}-{zero}");
+            torchrun(&ws, 2, &format!("{flags} --batch-size 2 --out {out} --set ddp.zero_stage={zero}"));
+            // Codes that round the other way make steps of their size.
+            let found = difference(&ws, &format!("one-{precision}"), &out);
+            assert!(found < if precision == "fp32" { 1e-3 } else { 2e-2 }, "{out}: {found}");
+        }
+    }
+}
+
+#[test]
+fn evaluation_by_ranks_is_exact() {
+    let ws = Workspace::new();
+    let flags = "train --config tiny.yaml --steps 1 --lr 1e-30 --set data.val=text.bin --set train.eval_every=1";
+    ws.ok(&format!("{flags} --batch-size 2 --out one"));
+    torchrun(&ws, 2, &format!("{flags} --batch-size 1 --out two"));
+    torchrun(&ws, 3, &format!("{flags} --batch-size 1 --out three"));
+    let loss = |run: &str| ws.rows(&format!("{run}/metrics.jsonl")).last().expect("a row")["val_loss"].clone();
+    assert!(loss("one").is_f64());
+    assert_eq!(loss("one"), loss("two"), "to the last bit");
+    assert_eq!(loss("one"), loss("three"), "to the last bit");
+}
+
+#[test]
+fn a_checkpoint_goes_on_at_any_world_size() {
+    let ws = Workspace::new();
+    let flags = format!("train --config tiny.yaml --steps 12 {SMOOTH}");
+    ws.ok(&format!("{flags} --batch-size 4 --out whole"));
+    for zero in [0, 1] {
+        let half = format!("half{zero}");
+        let ddp = format!("--set ddp.zero_stage={zero}");
+        torchrun(&ws, 2, &format!("{flags} --batch-size 2 --out {half} --set train.stop_at=6 {ddp}"));
+        for (world, batch) in [(1, 4), (2, 2), (4, 1)] {
+            let out = format!("resumed{zero}-{world}");
+            let line = format!("{flags} --batch-size {batch} --out {out} --resume {half}/ckpt.pt {ddp}");
+            torchrun(&ws, world, &line);
+            let (whole, resumed) = (ws.losses("whole/metrics.jsonl"), ws.losses(&format!("{out}/metrics.jsonl")));
+            assert!(resumed.keys().copied().eq(6..12), "{resumed:?}");
+            for (step, loss) in resumed {
+                // Another window would be off by tenths.
+                assert!((loss - whole[&step]).abs() < 1e-5, "{out}: step {step}: {loss} {}", whole[&step]);
+            }
+        }
+        // And without ranks at all.
+        ws.ok(&format!("{flags} --batch-size 4 --out alone{zero} --resume {half}/ckpt.pt"));
+        let alone = ws.losses(&format!("alone{zero}/metrics.jsonl"));
+        assert!((alone[&11] - ws.losses("whole/metrics.jsonl")[&11]).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn at_the_same_world_size_a_resumed_run_is_bit_identical() {
+    let ws = Workspace::new();
+    for (world, more) in [(2, "--set train.precision=bf16"), (4, ""), (3, "--set ddp.zero_stage=1")] {
+        let flags = format!("train --config tiny.yaml --batch-size 1 --set train.grad_accum=2 --no-ckpt {more}");
+        let (whole, parts) = (format!("whole{world}"), format!("parts{world}"));
+        torchrun(&ws, world, &format!("{flags} --out {whole}"));
+        torchrun(&ws, world, &format!("{flags} --out {parts} --set train.stop_at=3"));
+        torchrun(&ws, world, &format!("{flags} --out {parts} --resume auto"));
+        assert_eq!(difference(&ws, &whole, &parts), 0.0);
+        let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
+        assert_same_checkpoint(&read(&whole), &read(&parts), "");
+    }
+}
+
+#[test]
+fn every_rank_starts_from_the_weights_of_rank_zero() {
+    let ws = Workspace::new();
+    // The checkpoint is only where rank 0 runs.
+    let port = free_port();
+    let other = Workspace::new();
+    std::fs::remove_file(other.path("golden.pt")).expect("removes");
+    let flags = "train --data text.bin --batch-size 1 --seq-len 16 --steps 4 --device cpu --save-every 0 \
+                 --set train.precision=fp32 --init golden.pt --log-every 1 --out run";
+    let one = Running::start(rank(&other, flags, 1, 2, port));
+    let zero = Running::start(rank(&ws, flags, 0, 2, port)).wait();
+    assert_eq!((zero.status, one.wait().status), (Some(0), Some(0)), "{}", zero.stderr);
+    assert!(!other.path("run").exists(), "only rank 0 writes");
+    ws.ok(&flags.replace("--batch-size 1", "--batch-size 2").replace("--out run", "--out alone"));
+    assert!(difference(&ws, "run", "alone") < 1e-3);
+}
+
+// --- deciding together ----------------------------------------------------------------------------
+
+/// Rank `r` of two in this process, which differs from the others in what `change` does to its trainer.
+fn in_thread(
+    r: usize,
+    port: u16,
+    config: Config,
+    change: impl FnOnce(&mut Trainer) + Send + 'static,
+) -> std::thread::JoinHandle<(Vec<f64>, u64, u64)> {
+    std::thread::spawn(move || {
+        let env = RankEnv {
+            rank: r,
+            local_rank: r,
+            world_size: 2,
+            local_world_size: 2,
+            master_addr: "127.0.0.1".into(),
+            master_port: port,
+            agent_store: false,
+            restart_count: 0,
+        };
+        let ddp = Arc::new(setup_ddp(env, Duration::from_secs(60), Arc::new(|_| {})).expect("connects"));
+        let mut trainer = Trainer::distributed(config, Start::Fresh, ddp.clone()).expect("a trainer");
+        change(&mut trainer);
+        trainer.train(&mut (), &AtomicBool::new(false)).expect("trains");
+        ddp.done();
+        let norm = |p: &Tensor| p.norm().double_value(&[]);
+        let weights = trainer.var_store().trainable_variables().iter().map(norm).collect();
+        (weights, trainer.progress().skipped, trainer.progress().completed)
+    })
+}
+
+#[test]
+fn a_nan_on_one_rank_makes_all_skip_the_step() {
+    let ws = Workspace::new();
+    for (zero, precision) in [(0, Precision::Fp32), (1, Precision::Fp32), (0, Precision::Fp16), (1, Precision::Fp16)] {
+        let mut config = Config {
+            model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
+            ..Config::default()
+        };
+        config.quant.weight = WeightQuant::None;
+        config.quant.act = ActQuant::None;
+        config.data.train = ws.path("text.bin").to_str().expect("UTF-8").into();
+        config.data.seq_len = Some(16);
+        config.data.order = Order::Sequential;
+        config.train.steps = 4;
+        config.train.batch_size = 1;
+        config.train.precision = precision;
+        config.train.device = DeviceSpec::Cpu;
+        config.train.out = ws.path(format!("nan{zero}{precision:?}"));
+        config.ddp.zero_stage = zero;
+        let port = free_port();
+        let healthy = in_thread(0, port, config.clone(), |_| {});
+        let sick = in_thread(1, port, config.clone(), |trainer| {
+            // The logit of byte 0, and so the loss, on this rank only.
+            let _no_grad = tch::no_grad_guard();
+            let _ = trainer.var_store().variables()["tok_emb.weight"].get(0).fill_(f64::NAN);
+        });
+        let (weights, skipped, completed) = healthy.join().expect("rank 0");
+        let (_, skipped_there, _) = sick.join().expect("rank 1");
+        // Sharded, the first step gives the rank the embedding of rank 0 again, which keeps that part.
+        let expected = if zero == 1 { 1 } else { 4 };
+        assert_eq!((skipped, skipped_there, completed), (expected, expected, 4), "zero {zero} {precision:?}");
+        assert!(weights.iter().all(|w| w.is_finite()), "the healthy rank's weights are as they were");
+    }
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all_after_the_same_step() {
+    let ws = Workspace::new();
+    let flags = "train --config tiny.yaml --steps 100000 --set train.save_every=0";
+    for (victim, signal) in [(1, "INT"), (0, "TERM")] {
+        let out = format!("run{victim}");
+        let mut ranks = start(&ws, &format!("{flags} --out {out}"), 3);
+        ranks[0].until("logged", |_| logged(&ws, &out) > 3);
+        ranks[victim].signal(signal);
+        let done: Vec<Done> = ranks.into_iter().map(Running::wait).collect();
+        assert!(done.iter().all(|d| d.status == Some(0)), "{done:?}");
+        let steps = ws.numbered(&out, "ckpt");
+        assert_eq!(steps.len(), 1, "one checkpoint, by rank 0");
+        assert!(done[0].stderr.contains(&format!("stopped after step {} of", steps[0])), "{}", done[0].stderr);
+        assert!(done[1].stderr.is_empty() && done[2].stderr.is_empty(), "{done:?}");
+        // Where it stopped it goes on.
+        torchrun(&ws, 3, &format!("{flags} --out {out} --resume auto --set train.stop_at={}", steps[0] + 3));
+        assert_eq!(logged(&ws, &out) as u64, steps[0] + 3);
+    }
+}
+
+fn logged(ws: &Workspace, out: &str) -> usize {
+    std::fs::read_to_string(ws.path(out).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+// --- losing ranks ---------------------------------------------------------------------------------
+
+/// Rank `victim` of three gets `signal` in mid-run; what the others say, and how long they took.
+fn lose(victim: usize, signal: &str) -> (Vec<Done>, Duration) {
+    let ws = Workspace::new();
+    let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=0 --set ddp.timeout=3";
+    let mut ranks = start(&ws, line, 3);
+    ranks[0].until("logged", |_| logged(&ws, "run") > 3);
+    let began = Instant::now();
+    ranks[victim].signal(signal);
+    let lost = ranks.remove(victim);
+    let done = ranks.into_iter().map(Running::wait).collect();
+    drop(lost);
+    (done, began.elapsed())
+}
+
+#[test]
+fn a_rank_that_dies_or_hangs_is_named_by_one_of_the_others() {
+    for signal in ["KILL", "STOP"] {
+        let (done, took) = lose(1, signal);
+        assert!(done.iter().all(|d| d.status == Some(1)), "{signal}: {done:?}");
+        assert!(took < Duration::from_secs(40), "{signal}: {took:?}");
+        let telling: Vec<&str> =
+            done.iter().flat_map(|d| d.stderr.lines()).filter(|line| line.starts_with("bbt: ")).collect();
+        let [message] = telling[..] else { panic!("{signal}: one message: {done:?}") };
+        assert!(message.contains("rank 1 (process "), "{signal}: {message}");
+        assert!(message.contains("does not answer"), "{signal}: {message}");
+    }
+}
+
+#[test]
+fn losing_the_rank_that_holds_the_store_is_noticed() {
+    for signal in ["KILL", "STOP"] {
+        let (done, took) = lose(0, signal);
+        assert!(took < Duration::from_secs(40), "{signal}: {took:?}");
+        for rank in done {
+            assert_eq!(rank.status, Some(1), "{signal}: {}", rank.stderr);
+            assert!(rank.stderr.contains("the store, held by rank 0 at 127.0.0.1:"), "{signal}: {}", rank.stderr);
+        }
+    }
+}
+
+#[test]
+fn killed_while_saving_leaves_the_last_checkpoint_whole() {
+    let ws = Workspace::new();
+    let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=1 --set ddp.timeout=3";
+    let mut ranks = start(&ws, line, 2);
+    ranks[0].until("saved", |_| ws.path("run").exists() && ws.numbered("run", "ckpt").len() > 1);
+    // With a save every step most moments are within one; the temporary file says so.
+    ranks[0].until("saving", |_| ws.names("run").iter().any(|name| name.contains("tmp")));
+    ranks[0].kill();
+    assert_eq!(ranks.remove(1).wait().status, Some(1));
+    let newest = ws.numbered("run", "ckpt").pop().expect("a checkpoint");
+    torch_file::read(&ws.path(format!("run/ckpt-{newest:08}.pt"))).expect("is whole");
+    let line = line.replace("--steps 1000000", "--steps 1000000 --resume auto");
+    torchrun(&ws, 2, &format!("{line} --set train.stop_at={}", newest + 2));
+}
+
+#[test]
+fn torchrun_restarts_from_the_newest_checkpoint() {
+    let ws = Workspace::new();
+    let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=5 --set ddp.timeout=5";
+    let mut run = Running::start(torchrun_command(&ws, 2, "--max-restarts=1", line));
+    run.until("saved", |_| ws.path("run").exists() && ws.numbered("run", "ckpt").iter().any(|&s| s > 5));
+    // One of the ranks, found by what it was started as.
+    let killed = ws.shell("pkill -KILL -o -f \"^bbt train .*--set ddp.timeout=5$\" -P $(pgrep -f 'torchrun.*ddp.timeout=5' | tr '\\n' ,)0");
+    let killed = Running::start(killed).wait();
+    assert_eq!(killed.status, Some(0), "{}", killed.stderr);
+    run.until("restarted", |run| run.stderr().contains("resuming from"));
+    let resumed = run.stderr();
+    let line = resumed.lines().find(|line| line.starts_with("resuming from")).expect("says so").to_string();
+    let step: u64 = line.split(" at step ").nth(1).and_then(|s| s.split(' ').next()?.parse().ok()).expect("a step");
+    assert!(step >= 5 && step % 5 == 0, "{line}");
+    let before = logged(&ws, "run");
+    run.until("went on", |_| logged(&ws, "run") > before + 3);
+    run.signal("INT");
+    run.wait();
+    // Each step is logged once, whatever was done twice.
+    let steps: Vec<u64> = ws.losses("run/metrics.jsonl").into_keys().collect();
+    assert!(steps.iter().copied().eq(0..steps.len() as u64), "{steps:?}");
+}
+
+#[test]
+fn a_full_disk_on_rank_zero_ends_all_with_its_message() {
+    let ws = Workspace::new();
+    ws.write("ranks.sh", "ulimit -f 64; exec bbt \"$@\"");
+    let port = free_port();
+    let line = "train --config tiny.yaml --set train.save_every=2";
+    let with_limit = |r: usize| {
+        let mut command = ws.shell(&format!("trap '' XFSZ; ulimit -f 64; exec bbt {line}"));
+        command
+            .env("RANK", r.to_string())
+            .env("WORLD_SIZE", "2")
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string());
+        Running::start(command)
+    };
+    let (zero, one) = (with_limit(0), with_limit(1));
+    let (zero, one) = (zero.wait(), one.wait());
+    assert_eq!((zero.status, one.status), (Some(1), Some(1)), "{} {}", zero.stderr, one.stderr);
+    assert!(zero.stderr.contains("ckpt-00000002.pt"), "{}", zero.stderr);
+    assert!(!one.stderr.contains("bbt:"), "one message: {}", one.stderr);
+}
+
+// --- what users get wrong -------------------------------------------------------------------------
+
+/// Two ranks, of which the second is started with other words and variables; what they say together.
+fn differing(ws: &Workspace, first: &str, second: &str) -> String {
+    let port = free_port();
+    let (one, zero) = (Running::start(rank(ws, second, 1, 2, port)), Running::start(rank(ws, first, 0, 2, port)));
+    let (zero, one) = (zero.wait(), one.wait());
+    assert!(zero.status != Some(0) && one.status != Some(0), "{} {}", zero.stderr, one.stderr);
+    let said = format!("{}{}", zero.stderr, one.stderr);
+    let messages = said.lines().filter(|line| line.starts_with("bbt: ")).count();
+    assert_eq!(messages, 1, "one message: {said}");
+    assert!(!ws.path("run").exists(), "nothing is written");
+    said
+}
+
+#[test]
+fn ranks_that_mean_different_runs_are_told_at_the_start() {
+    let ws = Workspace::new();
+    ws.write("other.bin", "Something else altogether. ".repeat(200));
+    let line = "train --config tiny.yaml";
+    for (first, second, words) in [
+        (line.into(), format!("{line} --lr 1e-4"), vec!["rank 1", "optim.lr 0.0001", "rank 0 has 0.003"]),
+        (line.into(), format!("{line} --n-layer 3"), vec!["rank 1", "model.n_layer 3", "rank 0 has 2"]),
+        (format!("{line} --seq-len 8"), line.into(), vec!["rank 1", "data.seq_len 16", "rank 0 has 8"]),
+        (line.into(), format!("{line} --data other.bin"), vec!["rank 1", "data.train"]),
+        // What fails on every rank is said once.
+        (format!("{line} --lr=-1"), format!("{line} --lr=-1"), vec!["optim.lr"]),
+        (format!("{line} --data none.bin"), format!("{line} --data none.bin"), vec!["none.bin"]),
+        // What fails on one rank only, too.
+        (line.into(), format!("{line} --data none.bin"), vec!["rank 1: ", "none.bin"]),
+        (format!("{line} --resume no.pt"), format!("{line} --resume no.pt"), vec!["no.pt"]),
+        (
+            format!("{line} --set ddp.backend=nccl"),
+            format!("{line} --set ddp.backend=nccl"),
+            vec!["ddp.backend", "nccl works between GPUs", "gloo"],
+        ),
+    ] {
+        let said = differing(&ws, &first, &second);
+        assert!(words.iter().all(|word| said.contains(word)), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn variables_that_make_no_sense_are_named() {
+    let ws = Workspace::new();
+    let line = "train --config tiny.yaml --ddp";
+    let alone = ws.bbt(line);
+    assert_eq!(alone.status, Some(2));
+    assert!(alone.stderr.contains("WORLD_SIZE is not set") && alone.stderr.contains("torchrun"), "{}", alone.stderr);
+    for (name, value, words) in [
+        ("RANK", Some("2"), vec!["RANK=2", "WORLD_SIZE=2"]),
+        ("RANK", Some("x"), vec!["RANK=x", "whole number"]),
+        ("RANK", None, vec!["RANK is not set"]),
+        ("WORLD_SIZE", Some("0"), vec!["WORLD_SIZE=0"]),
+        ("MASTER_ADDR", None, vec!["MASTER_ADDR is not set"]),
+        ("MASTER_PORT", Some("70000"), vec!["MASTER_PORT=70000", "65535"]),
+    ] {
+        let mut command = rank(&ws, line, 0, 2, 1);
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+        let done = Running::start(command).wait();
+        assert_eq!(done.status, Some(2), "{name}: {}", done.stderr);
+        assert!(words.iter().all(|word| done.stderr.contains(word)), "{words:?}: {}", done.stderr);
+    }
+}
+
+#[test]
+fn a_port_in_use_and_a_master_that_is_not_there_are_told_in_bounded_time() {
+    let ws = Workspace::new();
+    let taken = TcpListener::bind(("0.0.0.0", 0)).expect("a port");
+    let port = taken.local_addr().expect("an address").port();
+    let line = "train --config tiny.yaml --set ddp.timeout=3";
+    let done = Running::start(rank(&ws, line, 0, 2, port)).wait();
+    assert_eq!(done.status, Some(1));
+    assert!(done.stderr.contains(&format!("MASTER_PORT={port}")), "{}", done.stderr);
+    assert!(done.stderr.contains("address already in use"), "{}", done.stderr);
+    drop(taken);
+
+    let began = Instant::now();
+    let done = Running::start(rank(&ws, line, 1, 2, free_port())).wait();
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    assert_eq!(done.status, Some(1));
+    assert!(done.stderr.contains("no answer from the store at 127.0.0.1:"), "{}", done.stderr);
+
+    // A rank that is never started.
+    let began = Instant::now();
+    let done = Running::start(rank(&ws, line, 0, 2, free_port())).wait();
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    assert!(done.stderr.contains("rank 1 did not come within 3 s"), "{}", done.stderr);
+}
+
+#[test]
+fn this_build_has_nccl() {
+    // That it was compiled: without a GPU it then says that there is none.
+    let store = bbt::libtorch::Store::serve("127.0.0.1", 0, Duration::from_secs(5)).expect("a store");
+    let device = tch::Device::Cuda(0);
+    let made =
+        bbt::libtorch::ProcessGroup::new(&store, 0, 1, bbt::libtorch::Backend::Nccl, device, Duration::from_secs(5));
+    match made {
+        Ok(group) => group.barrier().expect("a group of one"),
+        Err(error) => assert!(error.to_string().contains("no GPUs found"), "{error}"),
+    }
+}
