@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod inference;
+pub mod launch;
 pub mod libtorch;
 pub mod models;
 pub mod plot;
