@@ -54,7 +54,7 @@ fn until_there(ws: &Workspace, running: &mut Running, names: &[&str]) {
 }
 
 /// The lines of one rank in `text`, in their order.
-fn lines_of<'a>(text: &'a str, rank: usize) -> Vec<&'a str> {
+fn lines_of(text: &str, rank: usize) -> Vec<&str> {
     text.lines().filter_map(|line| line.strip_prefix(&format!("[rank{rank}]: "))).collect()
 }
 
@@ -486,10 +486,8 @@ fn what_cannot_be_launched_says_so() {
         ("launch -- bbt train", "only `train`"),
         ("launch train", "-- <COMMAND>"),
         ("launch --nproc-per-node 0 -- train", "at least 1"),
-        ("launch --nproc-per-node many -- train", "`auto`"),
         ("launch --nnodes 0 -- train", "--nnodes"),
         ("launch --nnodes 2 --node-rank 2 --master-addr a -- train", "--node-rank 2"),
-        ("launch --nnodes 2 --node-rank 1 -- train", "--master-addr"),
     ] {
         let mut command = ws.command(&line.split_whitespace().map(OsStr::new).collect::<Vec<_>>());
         command.env_remove("SLURM_JOB_ID");

@@ -48,8 +48,8 @@ struct Rank {
 }
 
 impl Supervisor {
-    /// Runs the ranks to their end, which is when all have ended with status 0, or any otherwise: the rest is then
-    /// ended at once, with SIGKILL, and so is whatever a rank leaves of its process group.
+    /// Runs the ranks until all have ended with status 0, or one has not: the others are then ended at once, with
+    /// SIGKILL. Whatever a rank leaves of its process group ends with it.
     ///
     /// What they say goes to this process's streams in whole lines, each after `[rankR]: ` where there are more
     /// than one. SIGINT and SIGTERM to this process (SIGHUP as SIGTERM) are passed on to every rank, which may take
