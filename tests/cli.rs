@@ -647,8 +647,19 @@ fn doctor_says_what_there_is() {
 fn help_has_examples_and_comes_at_once() {
     let ws = Workspace::new();
     let help = ws.ok("--help").text();
-    let commands =
-        ["train", "eval", "generate", "pack", "convert", "inspect", "plot", "config", "doctor", "completions"];
+    let commands = [
+        "train",
+        "launch",
+        "eval",
+        "generate",
+        "pack",
+        "convert",
+        "inspect",
+        "plot",
+        "config",
+        "doctor",
+        "completions",
+    ];
     for command in commands {
         assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command} in {help}");
         let text = ws.ok(&format!("{command} --help")).text();

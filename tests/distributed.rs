@@ -526,3 +526,146 @@ fn this_build_has_nccl() {
         Err(error) => assert!(error.to_string().contains("no GPUs found"), "{error}"),
     }
 }
+
+// --- bbt launch -----------------------------------------------------------------------------------
+
+fn launch_command(ws: &Workspace, world: usize, line: &str) -> Command {
+    let line = format!("launch --nproc-per-node {world} -- {line}");
+    ws.command(&line.split_whitespace().map(OsStr::new).collect::<Vec<_>>())
+}
+
+#[test]
+fn bbt_launch_trains_as_torchrun_does() {
+    let ws = Workspace::new();
+    let flags = format!("train --config tiny.yaml --steps 8 --batch-size 1 {SMOOTH}");
+    for world in [2, 4] {
+        torchrun(&ws, world, &format!("{flags} --out torchrun{world}"));
+        let done = Running::start(launch_command(&ws, world, &format!("{flags} --ddp --out launch{world}"))).wait();
+        assert_eq!(done.status, Some(0), "{}", done.stderr);
+        assert!(done.stderr.lines().all(|line| line.starts_with("[rank0]: ")), "only rank 0 speaks: {}", done.stderr);
+        assert_eq!(difference(&ws, &format!("torchrun{world}"), &format!("launch{world}")), 0.0);
+    }
+}
+
+/// The process of a rank that `bbt launch` started: its child whose environment says so.
+fn pid_of(launcher: &Running, rank: usize) -> u32 {
+    let children = format!("/proc/{0}/task/{0}/children", launcher.pid());
+    let children = std::fs::read_to_string(children).expect("children");
+    let is = |pid: &u32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&b| b == 0).any(|variable| variable == format!("RANK={rank}").as_bytes())
+    };
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is).expect("the rank's process")
+}
+
+fn kill(pid: u32, signal: &str) {
+    let sent = Command::new("bash").args(["-c", &format!("kill -{signal} {pid}")]).status().expect("bash");
+    assert!(sent.success(), "kill -{signal} {pid}");
+}
+
+#[test]
+fn under_bbt_launch_a_lost_rank_ends_all_and_is_named() {
+    let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=0 --set ddp.timeout=3";
+    for (victim, signal, status, words) in [
+        (1, "KILL", 137, vec!["rank 1 (pid ", "was killed by SIGKILL"]),
+        (0, "KILL", 137, vec!["rank 0 (pid ", "was killed by SIGKILL"]),
+        (1, "STOP", 1, vec!["rank 1 (process ", "does not answer"]),
+        // The launcher holds the store, so rank 0 is named as any other.
+        (0, "STOP", 1, vec!["rank 0 (process ", "does not answer"]),
+    ] {
+        let ws = Workspace::new();
+        let mut launcher = Running::start(launch_command(&ws, 3, line));
+        launcher.until("logged", |_| logged(&ws, "run") > 3);
+        let ranks = [0, 1, 2].map(|rank| pid_of(&launcher, rank));
+        let began = Instant::now();
+        kill(ranks[victim], signal);
+        let done = launcher.wait();
+        assert_eq!(done.status, Some(status), "{victim} {signal}: {}", done.stderr);
+        assert!(began.elapsed() < Duration::from_secs(30), "{victim} {signal}: {:?}", began.elapsed());
+        let last = done.stderr.rsplit("\nbbt: ").next().unwrap_or_default();
+        assert!(words.iter().all(|word| last.contains(word) || done.stderr.contains(word)), "{}", done.stderr);
+        assert!(ranks.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()), "all have gone");
+    }
+}
+
+#[test]
+fn ctrl_c_on_bbt_launch_saves() {
+    let ws = Workspace::new();
+    let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=0";
+    let mut launcher = Running::start(launch_command(&ws, 2, line));
+    launcher.until("logged", |_| logged(&ws, "run") > 3);
+    launcher.signal("INT");
+    let done = launcher.wait();
+    assert_eq!(done.status, Some(0), "{}", done.stderr);
+    assert_eq!(ws.numbered("run", "ckpt").len(), 1);
+    assert!(done.stderr.contains("[rank0]: to go on: "), "{}", done.stderr);
+}
+
+#[test]
+fn bad_flags_are_told_once_by_the_launcher() {
+    let ws = Workspace::new();
+    let done = Running::start(launch_command(&ws, 4, "train --no-such-flag")).wait();
+    assert_eq!((done.status, done.stderr.matches("--no-such-flag").count()), (Some(2), 1), "{}", done.stderr);
+    let done = Running::start(launch_command(&ws, 4, "train --config tiny.yaml --set optim.lr=-1")).wait();
+    assert_eq!(done.status, Some(2), "{}", done.stderr);
+    assert_eq!(done.stderr.lines().filter(|line| line.contains("]: bbt: optim.lr")).count(), 1, "{}", done.stderr);
+}
+
+/// Two hosts with addresses of their own, in network namespaces, a `bbt launch` on each; then the link is cut.
+const TWO_HOSTS: &str = r#"
+set -eu
+unshare --net sleep 1000 & a=$!
+unshare --net sleep 1000 & b=$!
+until [ "$(readlink /proc/$a/ns/net)" != "$(readlink /proc/self/ns/net)" ] &&
+      [ "$(readlink /proc/$b/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+ip link add va netns $a type veth peer name vb netns $b
+on_a() { nsenter --target $a --net "$@"; }
+on_b() { nsenter --target $b --net "$@"; }
+on_a ip addr add 10.77.0.1/24 dev va; on_a ip link set va up; on_a ip link set lo up
+on_b ip addr add 10.77.0.2/24 dev vb; on_b ip link set vb up; on_b ip link set lo up
+train() { echo bbt launch --nnodes 2 --node-rank $1 --master-addr 10.77.0.1 --nproc-per-node 1 -- \
+  train --config tiny.yaml --set ddp.timeout=4 --set train.save_every=0; }
+# Whole, first.
+GLOO_SOCKET_IFNAME=va on_a $(train 0) --steps 6 --out whole & one=$!
+GLOO_SOCKET_IFNAME=vb on_b $(train 1) --steps 6 --out whole1; wait $one
+GLOO_SOCKET_IFNAME=va on_a $(train 0) --steps 1000000 >a.log 2>&1 & one=$!
+GLOO_SOCKET_IFNAME=vb on_b $(train 1) --steps 1000000 --out elsewhere >b.log 2>&1 & two=$!
+until [ "$(cat run/metrics.jsonl 2>/dev/null | wc -l)" -gt 3 ]; do sleep 0.1; done
+on_a ip link set va down
+set +e
+SECONDS=0; wait $one; one=$?; wait $two; two=$?
+echo "$one $two $SECONDS"
+kill $a $b
+"#;
+
+#[test]
+fn two_hosts_train_and_notice_when_the_link_is_cut() {
+    let ws = Workspace::new();
+    ws.write("hosts.sh", TWO_HOSTS);
+    let namespaces = "unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc";
+    let mut command = ws.shell(&format!("{namespaces} bash hosts.sh"));
+    command.env("PATH", format!("{}:/usr/sbin:/sbin", command_path(&command)));
+    let done = Running::start(command).wait();
+    assert_eq!(
+        done.status,
+        Some(0),
+        "this test needs `ip` (iproute2) and leave to make namespaces (kernel.unprivileged_userns_clone=1): {}",
+        done.stderr
+    );
+    assert_eq!(ws.losses("whole/metrics.jsonl").len(), 6);
+    assert!(!ws.path("whole1").exists() && !ws.path("elsewhere").exists(), "only rank 0 writes");
+    let (a, b) = (ws.read("a.log"), ws.read("b.log"));
+    let last = done.text().lines().last().map(String::from).unwrap_or_default();
+    let numbers: Vec<u64> = last.split(' ').filter_map(|n| n.parse().ok()).collect();
+    let [one, two, seconds] = numbers[..] else { panic!("{last} {a} {b}") };
+    assert_eq!((one, two), (1, 1), "{a} {b}");
+    assert!(seconds < 40, "{seconds} s: {a} {b}");
+    // Rank 0's host holds the store, and so can say who is lost; the other knows only that it is alone.
+    assert!(a.contains("rank 1 (process ") && a.contains("does not answer"), "{a}");
+    assert!(b.contains("the store, held by the launcher at 10.77.0.1:29500, is gone"), "{b}");
+}
+
+fn command_path(command: &Command) -> String {
+    let path = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
+    path.unwrap_or_default().to_string_lossy().into_owned()
+}

@@ -1,6 +1,7 @@
 //! The command line: parse, call the library, print. One file per subcommand.
 //!
-//! Machine output goes to stdout, human output to stderr. Exit status 0, 1 for failures, 2 for usage.
+//! Machine output goes to stdout, human output to stderr. Exit status 0, 1 for failures, 2 for usage; what
+//! `bbt launch` starts keeps its own.
 
 mod config;
 mod convert;
@@ -8,6 +9,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod launch;
 mod pack;
 mod plot;
 mod progress;
@@ -24,7 +26,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::ConfigError;
 use crate::data::DataError;
-use crate::launch::EnvError;
+use crate::launch::{EnvError, LaunchError};
 use crate::training::{RunDir, RunDirError};
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
@@ -45,6 +47,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Box<train::Args>),
+    Launch(launch::Args),
     Eval(eval::Args),
     Generate(generate::Args),
     Pack(pack::Args),
@@ -107,7 +110,7 @@ fn say(message: &str) {
     eprintln!("{}bbt:{} {message}", red.0, red.1);
 }
 
-/// The exit status for a failure: 2 where the user asked for what cannot be, else 1.
+/// The exit status for a failure: that of a launched rank, 2 where the user asked for what cannot be, else 1.
 fn status(error: &anyhow::Error) -> u8 {
     let usage = error.chain().any(|cause| {
         cause.is::<ConfigError>()
@@ -115,7 +118,10 @@ fn status(error: &anyhow::Error) -> u8 {
             || cause.is::<EnvError>()
             || matches!(cause.downcast_ref(), Some(DataError::Invalid { .. }))
     });
-    if usage { 2 } else { 1 }
+    match error.downcast_ref::<LaunchError>() {
+        Some(error) => error.exit_status(),
+        None => 1 + u8::from(usage),
+    }
 }
 
 /// What went wrong and why, down the chain of causes. Most of our errors tell their cause themselves, so what
@@ -171,6 +177,7 @@ fn set_up_logging() {
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => train::run(*args),
+        Command::Launch(args) => launch::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Pack(args) => pack::run(args),

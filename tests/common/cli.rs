@@ -211,9 +211,14 @@ impl Running {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal by its name, such as `INT`.
     pub fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
+        let pid = self.pid();
         let sent = Command::new("bash").args(["-c", &format!("kill -{name} {pid}")]).status().expect("bash");
         assert!(sent.success(), "cannot send SIG{name}");
     }
