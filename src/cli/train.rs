@@ -137,7 +137,8 @@ fn train(args: &Args, ddp: Option<&Arc<Ddp>>) -> anyhow::Result<()> {
     }
 
     let interrupt = Arc::new(AtomicBool::new(false));
-    listen(interrupt.clone(), main)?;
+    let same_signal = if ddp.is_some() { SAME_SIGNAL } else { Duration::ZERO };
+    listen(interrupt.clone(), same_signal, main)?;
 
     let mut progress = TrainProgress::new(total, resumed);
     let summary = trainer.train(&mut progress, &interrupt);
@@ -155,15 +156,15 @@ fn train(args: &Args, ddp: Option<&Arc<Ddp>>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A terminal sends a Ctrl-C to every process of a launcher, which may pass it on once more: what comes within
-/// this time is the same one.
+/// A terminal sends a Ctrl-C to every process of torchrun's, which passes it on once more: what a launched process
+/// gets within this time is the same one.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
-/// The first signal sets `interrupt`; a second one ends the process.
-fn listen(interrupt: Arc<AtomicBool>, speak: bool) -> anyhow::Result<()> {
+/// The first signal sets `interrupt`; a second one, later than `same_signal`, ends the process.
+fn listen(interrupt: Arc<AtomicBool>, same_signal: Duration, speak: bool) -> anyhow::Result<()> {
     let mut first: Option<Instant> = None;
     ctrlc::set_handler(move || match first {
-        Some(first) if first.elapsed() > SAME_SIGNAL => exit_at_once(130),
+        Some(first) if first.elapsed() > same_signal => exit_at_once(130),
         Some(_) => {}
         None => {
             first = Some(Instant::now());

@@ -58,6 +58,14 @@ a=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "
 b=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["loss"])' "$work/eval-${device%%:*}")
 check "its checkpoint evaluated on both" "$a $b" "abs($a - $b) < 1e-3"
 
+# One rank goes the whole way of many: store, process group (NCCL on a GPU), Reducer, or shards.
+for zero in 0 1; do
+  rank() { RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((29600 + zero)) "$@"; }
+  rank train "$work/rank$zero" "${device%%:*}" fp32 --ddp --set ddp.zero_stage=$zero
+  worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/fp32"), $(losses "$work/rank$zero"))))")
+  check "one rank, ddp.zero_stage $zero" "largest difference $worst" "$worst < 0.01"
+done
+
 for on in true false; do
   "$bbt" train --data "$text" --out "$work/m$on" --device "$device" --n_layer 12 --d_model 512 --n_head 8 --d_ff 1408 \
     --seq_len 2048 --batch_size 4 --steps 6 --log_every 1 --set train.checkpointing=$on 2>/dev/null
