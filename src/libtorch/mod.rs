@@ -4,7 +4,9 @@
 //! exception crosses it: a failing call returns its message. All of the crate's `unsafe` that
 //! touches libtorch is in this folder.
 
+mod attention;
 mod autocast;
+mod cpu_kernels;
 mod exit;
 mod ffi;
 mod foreach;
@@ -12,6 +14,7 @@ mod memory;
 mod recompute;
 mod storage;
 
+pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype};
 pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};
