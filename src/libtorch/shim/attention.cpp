@@ -10,6 +10,9 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <cmath>
+
 namespace {
 
 using bbt::attention::Kernels;
