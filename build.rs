@@ -8,9 +8,19 @@ use std::{env, fs};
 const TORCH_VERSION: &str = "2.11.0";
 
 const SHIM: &str = "src/libtorch/shim";
+const CPU_KERNELS: &str = "src/libtorch/kernels/cpu";
+
+/// The instruction sets that CPU kernels are compiled for on x86-64, by the ending of the file's name: the
+/// compiler's flags.
+const X86_64: [(&str, &[&str]); 3] = [
+    ("_avx2", &["-mavx2", "-mfma"]),
+    ("_avx512", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
+    ("_avx512bf16", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"]),
+];
 
 fn main() {
     println!("cargo:rerun-if-changed={SHIM}");
+    println!("cargo:rerun-if-changed={CPU_KERNELS}");
     println!("cargo:rerun-if-changed=build.rs");
     // torch-sys passes the folder it links from to the packages that depend on it directly.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names its lib folder"));
@@ -24,12 +34,6 @@ fn main() {
         Err(_) => root.join("include"),
     };
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
-    let mut sources: Vec<PathBuf> = fs::read_dir(SHIM)
-        .expect("the shim's sources")
-        .map(|entry| entry.expect("a readable folder").path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cpp"))
-        .collect();
-    sources.sort();
     let mut build = cc::Build::new();
     let cuda = lib.join("libtorch_cuda.so").exists();
     match nccl_includes(root) {
@@ -52,12 +56,20 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         // libtorch's own headers warn.
         .warnings(false)
-        .files(&sources)
+        // at::parallel_for is a template around OpenMP.
+        .flag("-fopenmp")
+        .files(sources(SHIM))
         .compile("bbt_shim");
+    compile_cpu_kernels();
 
     println!("cargo:rustc-link-search=native={}", lib.display());
     for library in ["torch", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");
+    }
+    // The OpenMP that libtorch runs on: under another name it would be a second one, with threads of its own.
+    match openmp(&lib) {
+        Some(name) => println!("cargo:rustc-link-lib=dylib:+verbatim={name}"),
+        None => println!("cargo:rustc-link-lib=gomp"),
     }
     // The linker would drop libtorch_cuda where nothing names its symbols: it registers itself when loaded.
     if cuda {
@@ -77,6 +89,43 @@ fn nccl_includes(root: &Path) -> Option<[PathBuf; 2]> {
     needed.push(nccl.join("nccl.h"));
     needed.iter().for_each(|header| println!("cargo:rerun-if-changed={}", header.display()));
     needed.iter().all(|header| header.exists()).then_some([nccl, cuda])
+}
+
+/// The C++ files of `folder`.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut sources: Vec<PathBuf> = fs::read_dir(folder)
+        .expect("a folder of sources")
+        .map(|entry| entry.expect("a readable folder").path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cpp"))
+        .collect();
+    sources.sort();
+    sources
+}
+
+/// Compiles each kernel for its instruction set. Optimized in every profile: they are there to be fast.
+fn compile_cpu_kernels() {
+    let x86_64 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64");
+    let mut objects = Vec::new();
+    for source in sources(CPU_KERNELS) {
+        let name = source.file_stem().expect("a file's name").to_string_lossy().into_owned();
+        let flags = X86_64.iter().find(|(ending, _)| name.ends_with(ending)).map(|(_, flags)| *flags);
+        if flags.is_some() && !x86_64 {
+            continue;
+        }
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").pic(true).opt_level(3).flag("-ffp-contract=fast");
+        for flag in flags.unwrap_or_default() {
+            build.flag(flag);
+        }
+        objects.extend(build.file(&source).compile_intermediates());
+    }
+    cc::Build::new().objects(objects).compile("bbt_cpu_kernels");
+}
+
+/// The OpenMP library that libtorch brings along.
+fn openmp(lib: &Path) -> Option<String> {
+    let names = fs::read_dir(lib).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.into_iter().find(|name| name.starts_with("libgomp") && name.contains(".so"))
 }
 
 /// The version of libtorch; stops the build with the remedy where it is missing or another one.

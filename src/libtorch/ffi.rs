@@ -22,6 +22,13 @@ unsafe extern "C" {
         input: *const C_tensor,
         output: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_causal_attention(
+        isa: c_int,
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub fn bbt_fused_adamw(
         params: *const *const C_tensor,
         grads: *const *const C_tensor,

@@ -4,7 +4,9 @@
 //! exception crosses it: a failing call returns its message. All of the crate's `unsafe` that
 //! touches libtorch is in this folder.
 
+mod attention;
 mod autocast;
+mod cpu_kernels;
 mod distributed;
 mod exit;
 mod ffi;
@@ -13,6 +15,7 @@ mod memory;
 mod recompute;
 mod storage;
 
+pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype};
 pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store, set_grad};
 pub use exit::exit_at_once;

@@ -61,6 +61,9 @@ char* bbt_autocast_exit(int device);
 char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure, at::Tensor* input,
                                 at::Tensor** output);
 
+// attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16.
+char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor** out);
+
 // foreach.cpp
 char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
                       at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t n, double lr,
