@@ -38,6 +38,9 @@ struct Found {
     overlap: f64,
     optimizer_bytes: u64,
     peak_bytes: u64,
+    /// Of the last rank, which writes nothing.
+    #[serde(default)]
+    last_peak_bytes: u64,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -67,7 +70,7 @@ fn main() -> anyhow::Result<()> {
         };
         let ms = |seconds: f64| if seconds > 0.0 { format!("{:.0}", seconds * 1e3) } else { "–".into() };
         println!(
-            "| {} | {} | {} | {:.0} | {:.1} | {:.1} MB | {} | {} | {hidden} | {:.1} MiB | {:.0} MiB |",
+            "| {} | {} | {} | {:.0} | {:.1} | {:.1} MB | {} | {} | {hidden} | {:.1} MiB | {:.0}, {:.0} MiB |",
             case.ranks,
             case.threads,
             case.zero_stage,
@@ -78,6 +81,7 @@ fn main() -> anyhow::Result<()> {
             ms(found.communication),
             found.optimizer_bytes as f64 / f64::from(1 << 20),
             found.peak_bytes as f64 / f64::from(1 << 20),
+            found.last_peak_bytes as f64 / f64::from(1 << 20),
         );
     }
     Ok(())
@@ -96,13 +100,16 @@ fn run(case: &Case) -> anyhow::Result<Found> {
                 .env("WORLD_SIZE", case.ranks.to_string())
                 .env("MASTER_ADDR", "127.0.0.1")
                 .env("MASTER_PORT", port.to_string())
-                .stdout(if rank == 0 { Stdio::piped() } else { Stdio::null() })
+                .stdout(Stdio::piped())
                 .spawn()
         })
         .collect::<Result<_, _>>()?;
     let outputs: Vec<_> = ranks.into_iter().map(|rank| rank.wait_with_output()).collect::<Result<_, _>>()?;
     anyhow::ensure!(outputs.iter().all(|output| output.status.success()), "a rank failed");
-    Ok(serde_json::from_slice(&outputs[0].stdout)?)
+    let mut found: Found = serde_json::from_slice(&outputs[0].stdout)?;
+    let last: Found = serde_json::from_slice(&outputs[case.ranks - 1].stdout)?;
+    found.last_peak_bytes = last.peak_bytes;
+    Ok(found)
 }
 
 struct Clock {
@@ -165,6 +172,7 @@ fn rank(case: Case) -> anyhow::Result<()> {
         overlap: times.map_or(0.0, |t| t.overlap),
         optimizer_bytes: trainer.optimizer_bytes(),
         peak_bytes: host_memory().peak,
+        last_peak_bytes: 0,
     };
     println!("{}", serde_json::to_string(&found)?);
     Ok(())

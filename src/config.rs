@@ -106,6 +106,8 @@ pub struct ModelConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Attention {
+    /// On the CPU kernels of our own, elsewhere libtorch's `scaled_dot_product_attention`.
+    Auto,
     /// libtorch's `scaled_dot_product_attention`.
     Sdpa,
     /// Explicit softmax(q kᵀ / sqrt(d)) v.
@@ -121,7 +123,7 @@ impl Default for ModelConfig {
             n_kv_head: None,
             d_ff: 4096,
             rope_base: 10000.0,
-            attention: Attention::Sdpa,
+            attention: Attention::Auto,
         }
     }
 }

@@ -73,7 +73,11 @@ fn rope_from_any_position() {
 #[test]
 fn block_with_either_attention() {
     let golden = Golden::open("bitbyte_tiny");
-    for (attention, name) in [(Attention::Sdpa, "op.block.out"), (Attention::Math, "op.block.out_math_attention")] {
+    for (attention, name) in [
+        (Attention::Auto, "op.block.out"),
+        (Attention::Sdpa, "op.block.out"),
+        (Attention::Math, "op.block.out_math_attention"),
+    ] {
         let config = bbt::config::ModelConfig { attention, ..golden.model_config() };
         let vs = nn::VarStore::new(Device::Cpu);
         let block = Block::new(vs.root(), &config, &golden.quant_config(Ste::Identity));

@@ -513,7 +513,7 @@ fn args(config: &Config) -> Value {
         ("resume", Value::None),
         ("no_opt_state", Value::Bool(false)),
         ("ddp", Value::Bool(false)),
-        ("use_sdpa", Value::Bool(model.attention == Attention::Sdpa)),
+        ("use_sdpa", Value::Bool(model.attention != Attention::Math)),
         ("no_ckpt", Value::Bool(!train.checkpointing)),
         ("no_act_quant", Value::Bool(config.quant.act == ActQuant::None)),
         ("log_every", int(train.log_every)),

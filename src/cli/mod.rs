@@ -27,6 +27,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::launch::{EnvError, LaunchError};
+use crate::libtorch::CpuKernels;
 use crate::training::{RunDir, RunDirError};
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
@@ -175,6 +176,8 @@ fn set_up_logging() {
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
+    // Where BBT_CPU_KERNELS asks for kernels that are not there.
+    CpuKernels::chosen().map_err(|error| UsageError(error.0))?;
     match command {
         Command::Train(args) => train::run(*args),
         Command::Launch(args) => launch::run(args),

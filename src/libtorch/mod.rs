@@ -17,6 +17,7 @@ mod storage;
 
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype};
+pub use cpu_kernels::CpuKernels;
 pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store, set_grad};
 pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor, nn};
 
 use super::Rope;
 use crate::config::{self, ModelConfig, QuantConfig};
+use crate::libtorch::causal_attention;
 use crate::quantization::BitLinear;
 
 /// Causal self-attention over BitLinear projections.
@@ -50,7 +51,8 @@ impl Attention {
             Some(cache) => cache.extend(&k, &v),
         };
         let y = match self.kernel {
-            config::Attention::Sdpa => sdpa(&q, &k, &v),
+            config::Attention::Auto if has_fused(&q, &k, &v) => fused(&q, &k, &v),
+            config::Attention::Auto | config::Attention::Sdpa => sdpa(&q, &k, &v),
             config::Attention::Math => math(&q, &k, &v),
         };
         self.o_proj.forward(&y.transpose(1, 2).reshape([b, t, d]))
@@ -77,6 +79,17 @@ impl Attention {
 /// Which of S keys each of T queries may see, the queries being the last T positions: `[T, S]` bool.
 fn causal_mask(t: i64, s: i64, device: tch::Device) -> Tensor {
     Tensor::ones([t, s], (Kind::Bool, device)).tril(s - t)
+}
+
+/// Whether our kernels compute this: causal attention of T tokens over themselves, on the CPU.
+fn has_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
+    q.device() == tch::Device::Cpu && q.size()[2] == k.size()[2] && matches!(v.kind(), Kind::Float | Kind::BFloat16)
+}
+
+fn fused(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (q, k) = (q.to_kind(v.kind()), k.to_kind(v.kind()));
+    // Shapes and dtypes fit, and the command line has seen to the kernels asked for.
+    causal_attention(&q, &k, v).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {

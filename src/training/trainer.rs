@@ -250,6 +250,8 @@ impl Trainer {
             Some(ddp) => {
                 ddp.check(&config, device, train_set.as_ref())?;
                 restored = ddp.share("restored", main.then_some(restored))?;
+                // Every rank has come: from here on they only wait for each other.
+                ddp.enter(Phase::Waiting, restored.progress.completed);
                 let group = ddp.join(&config.ddp, device)?;
                 let (parallel, optimizer) =
                     Parallel::new(ddp, group, vs.trainable_variables(), &config.ddp, &config.optim)?;

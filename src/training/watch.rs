@@ -340,7 +340,11 @@ impl Shared {
                 a.seconds,
                 self.timeout.as_secs()
             ),
-            None => format!("ranks lost touch at step {step}, though all are alive: {cause}. {REMEDY}"),
+            None => format!(
+                "ranks wait for each other at step {step}, though all are alive and reach the store: is traffic between \
+                 them blocked, or on the wrong interface (firewall, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)? ({cause}) \
+                 {REMEDY}"
+            ),
         }
     }
 

@@ -60,15 +60,15 @@ impl Shards {
         self.sizes.iter().map(view).collect()
     }
 
-    /// This rank's part of `flat`.
-    fn part(&self, flat: &Tensor) -> Tensor {
+    /// The part of `flat` that belongs to `rank`.
+    fn part(&self, flat: &Tensor, rank: i64) -> Tensor {
         let part = flat.size()[0] / self.ranks;
-        flat.narrow(0, self.rank * part, part)
+        flat.narrow(0, rank * part, part)
     }
 
     /// This rank's part of the parameters: what its optimizer steps.
     pub fn param(&self) -> Tensor {
-        self.part(&self.params)
+        self.part(&self.params, self.rank)
     }
 
     /// Sets all gradients to zero.
@@ -97,16 +97,22 @@ impl Shards {
     }
 
     /// The whole optimizer state on the CPU, parameter by parameter, on rank 0; nothing on the others, which
-    /// take part. Holds one moment at a time in whole on the device.
+    /// take part. On the device it takes one further part.
     ///
     /// # Errors
     /// A rank is lost.
     pub fn gather_state(&self, group: &ProcessGroup, own: &AdamWState) -> Result<Vec<AdamWState>, Error> {
         let _no_grad = tch::no_grad_guard();
-        let whole = |part: &Tensor| -> Result<Vec<Tensor>, Error> {
-            let flat = Tensor::zeros(self.params.size(), (Kind::Float, part.device()));
-            group.all_gather(&flat, part)?;
-            Ok(if self.rank == 0 { self.views(&flat.to_device(Device::Cpu)) } else { vec![] })
+        let whole = |own: &Tensor| -> Result<Vec<Tensor>, Error> {
+            let flat = (self.rank == 0).then(|| Tensor::zeros(self.params.size(), (Kind::Float, Device::Cpu)));
+            for rank in 0..self.ranks {
+                let part = if rank == self.rank { own.shallow_clone() } else { own.zeros_like() };
+                group.broadcast(&[part.shallow_clone()], rank as usize)?;
+                if let Some(flat) = &flat {
+                    self.part(flat, rank).copy_(&part);
+                }
+            }
+            Ok(flat.map_or(vec![], |flat| self.views(&flat)))
         };
         let (exp_avg, exp_avg_sq) = (whole(&own.exp_avg)?, whole(&own.exp_avg_sq)?);
         let moments = exp_avg.into_iter().zip(exp_avg_sq);
@@ -125,16 +131,22 @@ impl Shards {
         own: &mut AdamWState,
     ) -> Result<(), Error> {
         let _no_grad = tch::no_grad_guard();
-        let device = self.params.device();
         let spread = |to: &mut Tensor, field: fn(&AdamWState) -> &Tensor| {
-            let flat = Tensor::zeros(self.params.size(), (Kind::Float, device));
-            for (mut view, state) in
-                self.views(&flat).iter_mut().zip(whole.unwrap_or_default()).map(|(v, s)| (v.shallow_clone(), s))
-            {
-                view.copy_(field(state));
+            let flat = whole.map(|whole| {
+                let flat = Tensor::zeros(self.params.size(), (Kind::Float, Device::Cpu));
+                self.views(&flat).iter_mut().zip(whole).for_each(|(view, state)| view.copy_(field(state)));
+                flat
+            });
+            for rank in 0..self.ranks {
+                let mut part = to.zeros_like();
+                if let Some(flat) = &flat {
+                    part.copy_(&self.part(flat, rank));
+                }
+                group.broadcast(&[part.shallow_clone()], 0)?;
+                if rank == self.rank {
+                    to.copy_(&part);
+                }
             }
-            group.broadcast(&[flat.shallow_clone()], 0)?;
-            to.copy_(&self.part(&flat));
             Ok::<(), Error>(())
         };
         spread(&mut own.exp_avg, |s| &s.exp_avg)?;

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bbt::checkpoint::Value;
-use bbt::config::{ActQuant, ModelConfig, QuantConfig, Ste};
+use bbt::config::{ActQuant, Attention, ModelConfig, QuantConfig, Ste};
 use bbt::models::BitByteLM;
 use tch::{Device, Tensor, nn};
 
@@ -47,6 +47,8 @@ impl Golden {
             n_head: get("n_head"),
             n_kv_head: config["n_kv_head"].as_i64(),
             d_ff: get("d_ff"),
+            // The original's: another kernel's rounding makes activations fall on other codes.
+            attention: Attention::Sdpa,
             ..ModelConfig::default()
         }
     }
