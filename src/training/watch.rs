@@ -182,7 +182,12 @@ impl Watch {
             return Verdict::Quiet;
         }
         *lock(&self.shared.reporting) = Some(Instant::now());
-        self.shared.report(store, cause)
+        let verdict = self.shared.report(store, cause);
+        if verdict == Verdict::Quiet {
+            // A launcher ends all ranks as soon as one has failed, the one that tells with them.
+            thread::sleep(TELLING);
+        }
+        verdict
     }
 
     /// Nothing that happens from here on is a failure: the ranks part.
