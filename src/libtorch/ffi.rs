@@ -29,6 +29,9 @@ unsafe extern "C" {
         v: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_host_copy_start(tensor: *const C_tensor, copy: *mut *mut c_void) -> *mut c_char;
+    pub fn bbt_host_copy_wait(copy: *mut c_void, tensor: *mut *mut C_tensor) -> *mut c_char;
+    pub fn bbt_host_copy_free(copy: *mut c_void);
     pub fn bbt_fused_adamw(
         params: *const *const C_tensor,
         grads: *const *const C_tensor,

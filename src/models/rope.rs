@@ -18,7 +18,7 @@ impl Rope {
     pub fn new(head_dim: i64, base: f64, start: i64, len: i64, device: Device) -> Self {
         let options = (Kind::Float, device);
         let exponents = Tensor::arange_start_step(0, head_dim, 2, options) / head_dim as f64;
-        let inverse_frequency = Tensor::from(base as f32).to_device(device).pow(&exponents).reciprocal();
+        let inverse_frequency = Tensor::full([1], base, options).pow(&exponents).reciprocal();
         let positions = Tensor::arange_start(start, start + len, options);
         let angles = positions.outer(&inverse_frequency);
         Self { cos: angles.cos(), sin: angles.sin() }

@@ -1,6 +1,6 @@
 //! Held-out loss: every byte after a document's first, predicted once.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::loss::{BITS_PER_NAT, cross_entropy_per_byte};
 use crate::config::Precision;
@@ -135,7 +135,7 @@ pub fn evaluate_part(
                 let losses = cross_entropy_per_byte(&logits, &targets);
                 for (row, window) in (0..).zip(&batch) {
                     let counted = losses.get(row).narrow(0, window.first as i64, (window.len - window.first) as i64);
-                    found.sums.push(counted.sum(tch::Kind::Double).double_value(&[]));
+                    found.sums.push(counted.sum(Kind::Double).double_value(&[]));
                 }
             } else {
                 found.sums.resize(found.sums.len() + batch.len(), 0.0);
@@ -175,7 +175,13 @@ pub fn sample(set: &dyn ByteDataset, limit: Option<u64>) -> Vec<&[u8]> {
 pub fn inputs(text: &[u8], rows: usize, device: Device) -> Tensor {
     // As bytes over the bus, widened on the device.
     let width = text.len() / rows.max(1);
-    Tensor::from_slice(text).view([rows as i64, width as i64]).to_device(device).to_kind(tch::Kind::Int64)
+    let text = Tensor::from_slice(text).view([rows as i64, width as i64]);
+    let text = match device {
+        // Only out of pinned memory does the device copy by itself, and the host need not wait.
+        Device::Cuda(_) => text.pin_memory(device).to_device_(device, Kind::Uint8, true, false),
+        _ => text.to_device(device),
+    };
+    text.to_kind(Kind::Int64)
 }
 
 /// Splits `rows` rows of T + 1 bytes into what a model reads and what it is to predict: `[rows, T]` int64

@@ -131,7 +131,7 @@ impl Parallel {
     /// A rank is lost.
     pub fn agree(&self, loss: &Tensor, norm: &Tensor, found_inf: &Tensor, stop: bool) -> Result<Agreed, DdpError> {
         let squared = norm.to_kind(Kind::Double).square();
-        let stop = Tensor::from(if stop { 1.0 } else { 0.0 }).to_device(loss.device());
+        let stop = Tensor::full([], if stop { 1.0 } else { 0.0 }, (Kind::Double, loss.device()));
         let of_rank = [loss.to_kind(Kind::Double), squared, found_inf.to_kind(Kind::Double), stop];
         let sums = Tensor::stack(&of_rank, 0);
         self.ddp.collective(|| self.group.all_reduce(&sums, ReduceOp::Sum))?;
@@ -144,7 +144,7 @@ impl Parallel {
             loss: (sums.get(0) / self.ddp.world_size() as f64).to_kind(Kind::Float),
             norm,
             found_inf: sums.get(2).gt(0.0).to_kind(Kind::Float),
-            stop: sums.double_value(&[3]) > 0.0,
+            stop: sums.get(3),
         })
     }
 
@@ -235,8 +235,8 @@ pub struct Agreed {
     pub norm: Tensor,
     /// 1 where a gradient of any rank is not finite, fp32 `[]`.
     pub found_inf: Tensor,
-    /// Whether any rank was asked to stop.
-    pub stop: bool,
+    /// More than 0 where any rank was asked to stop, fp64 `[]`.
+    pub stop: Tensor,
 }
 
 /// Sees that every rank has rank 0's parameters: their shapes and a checksum of their bytes.

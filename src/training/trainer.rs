@@ -1,5 +1,6 @@
 //! The training loop, readable top to bottom.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,7 +22,7 @@ use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
 use crate::config::{Config, ConfigError, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
-use crate::libtorch::{self, cuda_memory, foreach_norm, host_memory};
+use crate::libtorch::{self, HostCopy, cuda_memory, foreach_norm, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::device::{DeviceError, autocast, device};
@@ -162,21 +163,35 @@ pub struct Trainer {
     progress: Progress,
     /// The newest checkpoint that is known to be good.
     checkpoint: Option<PathBuf>,
+    /// How many steps the device may be behind the host, which so need not wait for it.
+    lag: usize,
 }
 
 /// libtorch's random generator is one for the whole process: while one model is drawn from its seed, no other
 /// may draw.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
-/// What one optimizer step did.
+/// An optimizer step that the host is through with; the device may still be at it.
 struct Step {
+    /// Its number, from 0.
+    step: u64,
+    lr: f64,
+    seq_len: i64,
+    /// Bytes of the run up to and with this step.
+    bytes_seen: u64,
+    /// What [`Done`] is made of: fp64 `[4]`.
+    numbers: HostCopy,
+}
+
+/// What one optimizer step did.
+struct Done {
     /// Mean loss over the micro-batches, nats per byte.
     loss: f64,
     /// L2 norm of the gradient before clipping.
     grad_norm: f64,
-    /// Bytes predicted, by all ranks.
-    bytes: u64,
-    /// Whether the run shall end here.
+    /// Whether it changed nothing, because the loss or the gradient was not finite.
+    skipped: bool,
+    /// Whether the run shall end after it.
     stop: bool,
 }
 
@@ -286,6 +301,8 @@ impl Trainer {
             val_set,
             progress,
             checkpoint,
+            // The CPU has done a step when the call returns.
+            lag: usize::from(device.is_cuda()),
         };
         trainer.arrange_buckets()?;
         Ok(trainer)
@@ -373,36 +390,49 @@ impl Trainer {
         let mut saved = None;
         let mut since = Lap::start(&loader);
         let mut stop = interrupt.load(Ordering::SeqCst) && self.parallel.is_none();
+        let mut pending = VecDeque::new();
         while self.progress.completed < end && !stop {
             let step = self.progress.completed;
             let lr = lr_for_step(step, total, &self.config.optim);
             let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
-            let done = self.step(lr, &mut loader, interrupt)?;
-            since.bytes += done.bytes;
-            let last = self.progress.completed == total;
-
-            if self.progress.skipped_in_a_row > 0 && self.is_main() {
-                warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
-                observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
-            }
-            // A skipped step is always logged.
-            if step.is_multiple_of(log_every) || last || self.progress.skipped_in_a_row > 0 {
-                let row = self.row(step, lr, seq_len, &done, since.finish(&loader));
-                if let Some((metrics, board)) = &mut logs {
-                    metrics.train(&row)?;
-                    board.train(&row)?;
-                    observer.on_step(&row);
+            let bytes_before = self.progress.bytes_seen;
+            pending.push_back(self.step(lr, seq_len, &mut loader, interrupt)?);
+            since.bytes += self.progress.bytes_seen - bytes_before;
+            let completed = self.progress.completed;
+            let last = completed == total;
+            let log_due = |step: u64| step.is_multiple_of(log_every) || step + 1 == total;
+            let eval_due = self.val_set.is_some() && (completed.is_multiple_of(eval_every) || last);
+            let save_due = save_every > 0 && completed.is_multiple_of(save_every);
+            // What is written down must be known.
+            let known = log_due(step) || eval_due || save_due || completed == end;
+            stop |= interrupt.load(Ordering::SeqCst) && self.parallel.is_none();
+            while pending.len() > if known || stop { 0 } else { self.lag } {
+                let Some(begun) = pending.pop_front() else { break };
+                let (step, done) = (begun.step, self.settle(&begun)?);
+                // Ranks stop after the same step: the one in which they agreed to, or where the device lags behind,
+                // the next.
+                stop |= done.stop;
+                if done.skipped && self.is_main() {
+                    warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
+                    observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
                 }
-            }
-            if self.progress.skipped_in_a_row >= self.config.train.max_nonfinite {
-                let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
-                return Err(TrainError::Diverged { skipped, step, checkpoint });
+                // A skipped step is always logged.
+                if log_due(step) || done.skipped {
+                    let row = self.row(&begun, &done, since.finish(&loader));
+                    if let Some((metrics, board)) = &mut logs {
+                        metrics.train(&row)?;
+                        board.train(&row)?;
+                        observer.on_step(&row);
+                    }
+                }
+                if self.progress.skipped_in_a_row >= self.config.train.max_nonfinite {
+                    let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
+                    return Err(TrainError::Diverged { skipped, step, checkpoint });
+                }
             }
             let aside = Instant::now();
             let mut improved = false;
-            if let Some(val_set) = self.val_set.clone()
-                && (self.progress.completed.is_multiple_of(eval_every) || last)
-            {
+            if let Some(val_set) = self.val_set.clone().filter(|_| eval_due) {
                 let row = self.validate(step, val_set.as_ref())?;
                 improved =
                     row.val_loss.is_finite() && self.progress.best_val_loss.is_none_or(|best| row.val_loss < best);
@@ -416,17 +446,14 @@ impl Trainer {
                 }
             }
             // Not while steps are skipped: what is kept from before is what a diverged run can go back to.
-            let due = save_every > 0 && self.progress.completed.is_multiple_of(save_every);
-            if last || ((improved || due) && self.progress.skipped_in_a_row == 0) {
+            if last || ((improved || save_due) && self.progress.skipped_in_a_row == 0) {
                 self.save(improved)?;
-                saved = Some(self.progress.completed);
+                saved = Some(completed);
             }
             since.aside += aside.elapsed();
             if !since.running {
                 since = Lap::start(&loader);
             }
-            // Ranks stop after the same step: the one in which they agreed to.
-            stop = done.stop || (interrupt.load(Ordering::SeqCst) && self.parallel.is_none());
         }
         if saved != Some(self.progress.completed) {
             self.save(false)?;
@@ -444,8 +471,8 @@ impl Trainer {
 
     /// One optimizer step: forward and backward over the micro-batches, then clip and update. Where ranks train
     /// together, the last micro-batch's backward averages the gradients, and whether to skip the step, and
-    /// whether to stop after it, is decided by all.
-    fn step(&mut self, lr: f64, loader: &mut Loader, interrupt: &AtomicBool) -> Result<Step, TrainError> {
+    /// whether to stop after it, is decided by all. Nothing here waits for the device.
+    fn step(&mut self, lr: f64, seq_len: i64, loader: &mut Loader, interrupt: &AtomicBool) -> Result<Step, TrainError> {
         let accumulate = self.config.train.grad_accum;
         match &mut self.parallel {
             Some(parallel) => parallel.zero_grad(&mut self.optimizer),
@@ -492,7 +519,7 @@ impl Trainer {
             scaler.unscale(&grads, &found_inf)?;
         }
         let mut norm = foreach_norm(&grads)?;
-        let mut stop = false;
+        let mut stop = Tensor::zeros([], (Kind::Double, self.device));
         if let Some(parallel) = &self.parallel {
             let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst))?;
             (loss, norm, found_inf, stop) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.stop);
@@ -511,12 +538,23 @@ impl Trainer {
             scaler.update(&found_inf);
         }
 
-        let skipped = found_inf.double_value(&[]) > 0.0;
-        self.progress.skipped += u64::from(skipped);
-        self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
+        let step = self.progress.completed;
         self.progress.completed += 1;
         self.progress.bytes_seen += bytes;
-        Ok(Step { loss: loss.double_value(&[]), grad_norm: norm.double_value(&[]), bytes, stop })
+        let numbers = [loss, norm, found_inf, stop].map(|x| x.to_kind(Kind::Double));
+        let numbers = HostCopy::start(&Tensor::stack(&numbers, 0))?;
+        Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, numbers })
+    }
+
+    /// Waits for the device to be through with a step, and counts it.
+    fn settle(&mut self, begun: &Step) -> Result<Done, TrainError> {
+        let mut numbers = [0.0; 4];
+        begun.numbers.wait()?.copy_data(&mut numbers, 4);
+        let [loss, grad_norm, found_inf, stop] = numbers;
+        let skipped = found_inf > 0.0;
+        self.progress.skipped += u64::from(skipped);
+        self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
+        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0 })
     }
 
     /// Says what this rank is doing, for the watch.
@@ -561,19 +599,19 @@ impl Trainer {
         }
     }
 
-    fn row(&self, step: u64, lr: f64, seq_len: i64, done: &Step, lap: LapTime) -> TrainRow {
+    fn row(&self, begun: &Step, done: &Done, lap: LapTime) -> TrainRow {
         TrainRow {
-            step,
+            step: begun.step,
             loss: done.loss,
             bits_per_byte: done.loss * BITS_PER_NAT,
-            lr,
+            lr: begun.lr,
             grad_norm: done.grad_norm,
-            seq_len,
-            bytes_seen: self.progress.bytes_seen,
+            seq_len: begun.seq_len,
+            bytes_seen: begun.bytes_seen,
             bytes_per_second: lap.bytes_per_second,
+            data_wait: lap.data_wait,
             skipped_steps: self.progress.skipped,
             loss_scale: self.scaler.as_ref().map(|s| s.state().scale),
-            data_wait: lap.data_wait,
             peak_memory_bytes: self.peak_memory(),
         }
     }
@@ -725,4 +763,79 @@ fn quoted(path: &Path) -> String {
         return text;
     }
     format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ModelConfig;
+
+    #[derive(Default)]
+    struct Rows(Vec<TrainRow>);
+
+    impl TrainObserver for Rows {
+        fn on_step(&mut self, row: &TrainRow) {
+            // But for what the clock says.
+            self.0.push(TrainRow { bytes_per_second: 0.0, data_wait: 0.0, peak_memory_bytes: 0, ..row.clone() });
+        }
+    }
+
+    fn trainer(dir: &Path, lag: usize, change: impl FnOnce(&mut Config)) -> Trainer {
+        let mut config = Config::default();
+        config.model = ModelConfig { n_layer: 1, d_model: 16, n_head: 2, d_ff: 24, ..config.model };
+        config.data.seq_len = Some(8);
+        config.data.train = dir.join("bytes").display().to_string();
+        config.train = TrainConfig { steps: 9, batch_size: 2, log_every: 4, save_every: 3, ..config.train };
+        config.train.out = dir.join(format!("lag{lag}"));
+        change(&mut config);
+        std::fs::write(dir.join("bytes"), (0..=255).cycle().take(2000).collect::<Vec<u8>>()).unwrap();
+        let mut trainer = Trainer::new(config, Start::Fresh).unwrap();
+        trainer.lag = lag;
+        trainer
+    }
+
+    /// A device that lags behind the host, as a GPU does: what is logged and saved must not change.
+    #[test]
+    fn a_device_that_lags_behind_changes_nothing() {
+        let changes: [fn(&mut Config); 3] = [
+            |_| {},
+            |config| config.train.stop_at = Some(5),
+            // After the first step nothing is finite any more.
+            |config| (config.optim.lr, config.optim.warmup_frac) = (1e30, 0.0),
+        ];
+        for change in changes {
+            let dir = tempfile::tempdir().unwrap();
+            let mut prompt = trainer(dir.path(), 0, change);
+            let mut lagging = trainer(dir.path(), 1, change);
+            lagging.vs.copy(&prompt.vs).unwrap();
+            let [(rows, summary), (lagging_rows, lagging_summary)] = [&mut prompt, &mut lagging].map(|trainer| {
+                let mut rows = Rows::default();
+                let summary = trainer.train(&mut rows, &AtomicBool::new(false)).unwrap();
+                (rows.0, summary)
+            });
+            assert_eq!(rows.len(), lagging_rows.len());
+            for (row, lagging) in rows.iter().zip(&lagging_rows) {
+                // Not a number equals nothing.
+                assert_eq!(format!("{row:?}"), format!("{lagging:?}"));
+            }
+            assert_eq!(summary.completed, lagging_summary.completed);
+            assert_eq!(prompt.progress, lagging.progress);
+            for (name, tensor) in prompt.vs.variables() {
+                assert!(tensor.equal(&lagging.vs.variables()[&name]), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_lagging_device_diverges_at_the_same_step() {
+        let dir = tempfile::tempdir().unwrap();
+        for lag in [0, 1] {
+            let mut trainer = trainer(dir.path(), lag, |config| {
+                (config.optim.lr, config.optim.warmup_frac) = (1e30, 0.0);
+                config.train.max_nonfinite = 3;
+            });
+            let error = trainer.train(&mut (), &AtomicBool::new(false)).unwrap_err();
+            assert!(matches!(error, TrainError::Diverged { skipped: 3, step: 3, .. }), "{error}");
+        }
+    }
 }

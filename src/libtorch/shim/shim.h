@@ -64,6 +64,11 @@ char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure
 // attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16.
 char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor** out);
 
+// host_copy.cpp. A handle `void*`, freed with `_free`.
+char* bbt_host_copy_start(at::Tensor* tensor, void** copy);
+char* bbt_host_copy_wait(void* copy, at::Tensor** tensor);
+void bbt_host_copy_free(void* copy);
+
 // foreach.cpp
 char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
                       at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t n, double lr,
