@@ -12,7 +12,7 @@ fn peak(n_layer: u32, checkpointing: bool) -> f64 {
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin");
     let output = Command::new(env!("CARGO_BIN_EXE_bbt"))
         // glibc keeps much of what is freed; with this it gives large blocks back, so that the peak is what was live.
-        .env("MALLOC_MMAP_THRESHOLD_", "1000000")
+        .env("MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0")
         .args(["train", "--device", "cpu", "--d_model", "128", "--n_head", "2", "--d_ff", "384", "--steps", "1"])
         .args(["--batch_size", "4", "--seq_len", "1024", "--log_every", "1", "--set", "train.precision=fp32"])
         .args(["--n_layer", &n_layer.to_string(), "--set", &format!("train.checkpointing={checkpointing}")])
