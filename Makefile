@@ -1,6 +1,7 @@
 # make train   installs libtorch, builds, packs a corpus, trains configs/tiny.yaml, evaluates, plots, samples
 # make test    every test
 # make train CORPUS=~/notes   the same on your own files
+# make bench   bbt beside plain PyTorch, into docs/bench.md
 # make build CPU=1            for the CPU alone: half a gigabyte to download
 
 PYTHON ?= python3
@@ -68,6 +69,15 @@ $(TEST_STAMP):
 # Tests run the release build: the one that is used, and built once.
 test: libtorch $(TEST_STAMP)
 	$(CARGO) test --release --locked
+
+# --- beside PyTorch -------------------------------------------------------------------------------
+# QUICK=1, DEVICE=cuda, SIZES=… and ONLY=… as benches/compare.py says.
+
+STEP_BENCH = $(CARGO) bench --locked --no-run --bench step --message-format json \
+  | $(PYTHON) -c 'import json, sys; print(*filter(None, (json.loads(line).get("executable") for line in sys.stdin)))'
+
+bench: libtorch
+	step=$$($(STEP_BENCH)) && PYTHONPATH=.libtorch $(PYTHON) benches/compare.py "$$step" docs/bench.md
 
 # --- images ---------------------------------------------------------------------------------------
 

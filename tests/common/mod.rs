@@ -85,16 +85,21 @@ pub fn model_with(
     (vs, model)
 }
 
-/// Runs Python with the torch that the tests check against; panics, with its words, where it fails.
-/// `BBT_PYTHON` names another interpreter; LIBTORCH_USE_PYTORCH says that it has torch itself.
-pub fn python(args: &[&std::ffi::OsStr]) -> String {
+/// Python with the torch that the tests check against. `BBT_PYTHON` names another interpreter;
+/// LIBTORCH_USE_PYTORCH says that it has torch itself.
+pub fn python_command(args: &[&std::ffi::OsStr]) -> std::process::Command {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let interpreter = std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into());
-    let mut command = std::process::Command::new(&interpreter);
+    let mut command = std::process::Command::new(std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into()));
     command.args(args);
     let packages = [".libtorch", ".python-test"].map(|dir| root.join(dir));
     command.env("PYTHONPATH", std::env::join_paths(packages.iter().filter(|p| p.exists())).expect("a path list"));
-    let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", interpreter.display()));
+    command
+}
+
+/// Runs that Python; panics, with its words, where it fails.
+pub fn python(args: &[&std::ffi::OsStr]) -> String {
+    let mut command = python_command(args);
+    let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", command.get_program().display()));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "Python with torch is needed (`make libtorch` installs it): {stderr}");
     String::from_utf8(output.stdout).expect("UTF-8 from Python")
