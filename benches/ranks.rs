@@ -1,6 +1,9 @@
 //! What ranks cost and bring, on this machine: `cargo bench --bench ranks`. Starts itself once per rank, trains a few
 //! steps of the model of `configs/tiny.yaml` on synthetic bytes, and prints a table in Markdown.
 
+#[path = "../src/allocator.rs"]
+mod allocator;
+
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::sync::Arc;

@@ -3,6 +3,9 @@
 //! Its argument is a configuration in JSON. Each line on standard input is a number of steps to train, answered by a
 //! line of JSON: milliseconds and loss of each step, and the peak of memory so far. Ends where its input does.
 
+#[path = "../src/allocator.rs"]
+mod allocator;
+
 use std::io::{self, BufRead};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;

@@ -197,6 +197,8 @@ pub struct QuantConfig {
     pub ste: Ste,
     /// Inputs of the linear layers.
     pub act: ActQuant,
+    /// What computes it.
+    pub kernel: QuantKernel,
 }
 
 /// Quantization of weights.
@@ -229,9 +231,21 @@ pub enum ActQuant {
     None,
 }
 
+/// What computes quantized layers and what stands around them. The same functions, rounded elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantKernel {
+    /// Kernels of our own, but where libtorch's operators are clearly faster for a layer's shape.
+    Auto,
+    /// Kernels of our own: integer products, and what comes before them in one pass.
+    Fused,
+    /// libtorch's operators: detach arithmetic and floating-point products.
+    Reference,
+}
+
 impl Default for QuantConfig {
     fn default() -> Self {
-        Self { weight: WeightQuant::Ternary, ste: Ste::Identity, act: ActQuant::Int8 }
+        Self { weight: WeightQuant::Ternary, ste: Ste::Identity, act: ActQuant::Int8, kernel: QuantKernel::Auto }
     }
 }
 

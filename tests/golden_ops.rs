@@ -66,7 +66,11 @@ fn rmsnorm() {
 fn rope_from_any_position() {
     let golden = Golden::open("bitbyte_tiny");
     for (start, name) in [(0, "op.rope.out"), (5, "op.rope.out_from5")] {
-        close(&Rope::new(16, 10000.0, start, 9, Device::Cpu).apply(golden.tensor("op.rope.x")), golden.tensor(name));
+        // [B, H, T, D]
+        let [x, expected] = ["op.rope.x", name].map(|name| golden.tensor(name).transpose(1, 2));
+        for fused in [false, true] {
+            close(&Rope::new(16, 10000.0, start, 9, Device::Cpu, fused).apply(&x), &expected);
+        }
     }
 }
 
@@ -84,7 +88,7 @@ fn block_with_either_attention() {
         let weights = golden.with_prefix("op.block.");
         tch::no_grad(|| vs.variables().iter_mut().for_each(|(name, v)| v.copy_(&weights[name])));
         let x = golden.tensor("op.x");
-        let rope = Rope::new(16, 10000.0, 0, x.size()[1], Device::Cpu);
+        let rope = Rope::new(16, 10000.0, 0, x.size()[1], Device::Cpu, false);
         close(&block.forward(x, &rope, None), golden.tensor(name));
     }
 }

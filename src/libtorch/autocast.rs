@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::{Error, ffi};
 
@@ -13,6 +13,27 @@ pub enum AutocastDtype {
     Half,
     /// bfloat16
     BFloat16,
+}
+
+/// What autocast computes products in on this thread, where it is on for `device`: float16 or bfloat16.
+pub fn autocast_kind(device: Device) -> Option<Kind> {
+    let mut dtype = -1;
+    // SAFETY: a plain integer, and room for another.
+    let asked = number(device).and_then(|device| ffi::check(unsafe { ffi::bbt_autocast_dtype(device, &mut dtype) }));
+    match (asked, dtype) {
+        (Ok(()), 0) => Some(Kind::Half),
+        (Ok(()), 1) => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+/// As the shim numbers devices.
+fn number(device: Device) -> Result<c_int, Error> {
+    match device {
+        Device::Cpu => Ok(0),
+        Device::Cuda(_) => Ok(1),
+        other => Err(Error(format!("no autocast on device {other:?}"))),
+    }
 }
 
 /// Autocast is on from [`Autocast::enter`] until this is dropped. Regions do not nest, and belong to
@@ -29,11 +50,7 @@ impl Autocast {
     /// # Errors
     /// A device that is neither CPU nor CUDA, or libtorch's own error.
     pub fn enter(device: Device, dtype: AutocastDtype) -> Result<Self, Error> {
-        let device = match device {
-            Device::Cpu => 0,
-            Device::Cuda(_) => 1,
-            other => return Err(Error(format!("no autocast on device {other:?}"))),
-        };
+        let device = number(device)?;
         let dtype = match dtype {
             AutocastDtype::Half => 0,
             AutocastDtype::BFloat16 => 1,

@@ -340,12 +340,3 @@ impl Reducer {
         Ok(ReducerTimes { forward, backward, communication, overlap })
     }
 }
-
-/// Makes `grad` (shaped as `tensor`, on its device) the gradient of the leaf `tensor`: backward adds to it in place.
-///
-/// # Errors
-/// libtorch's own, where they do not fit.
-pub fn set_grad(tensor: &Tensor, grad: &Tensor) -> Result<(), Error> {
-    // SAFETY: two live tensors; libtorch checks that they fit.
-    ffi::check(unsafe { ffi::bbt_set_grad(tensor.as_ptr(), grad.as_ptr()) })
-}

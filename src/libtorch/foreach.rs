@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use super::{Error, ffi};
+use super::{Error, ffi, mark_written};
 
 /// The scalars of one AdamW step, with the names of `torch.optim.AdamW`.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +58,9 @@ pub fn fused_adamw(
             step.eps,
             found_inf.as_ptr(),
         )
-    })
+    })?;
+    // The operator itself does not count what it writes to.
+    mark_written(params)
 }
 
 /// The L2 norm of all `tensors` taken as one vector: fp32 `[]`, on their device.

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor, nn};
 use super::Rope;
 use crate::config::{self, ModelConfig, QuantConfig};
 use crate::libtorch::causal_attention;
-use crate::quantization::BitLinear;
+use crate::quantization::{BitLinear, Input};
 
 /// Causal self-attention over BitLinear projections.
 #[derive(Debug)]
@@ -40,12 +40,13 @@ impl Attention {
     /// # Shapes
     /// `x`: `[B, T, d_model]` → the same. `rope` holds the angles of the T positions.
     /// With a `cache`, x's tokens follow the cached ones, attend to them, and are added to it.
-    pub fn forward(&self, x: &Tensor, rope: &Rope, cache: Option<&mut LayerCache>) -> Tensor {
-        let (b, t, d) = x.size3().expect("attention takes [B, T, d_model]");
-        let heads = |y: Tensor, n: i64| y.view([b, t, n, self.head_dim]).transpose(1, 2);
-        let q = rope.apply(&heads(self.q_proj.forward(x), self.n_head)); // [B, H, T, D]
-        let k = rope.apply(&heads(self.k_proj.forward(x), self.kv_heads)); // [B, Hkv, T, D]
-        let v = heads(self.v_proj.forward(x), self.kv_heads);
+    pub fn forward(&self, x: Input, rope: &Rope, cache: Option<&mut LayerCache>) -> Tensor {
+        let [q, k, v] = BitLinear::forward_each([&self.q_proj, &self.k_proj, &self.v_proj], x);
+        let (b, t, d) = q.size3().expect("attention takes [B, T, d_model]");
+        let heads = |y: Tensor, n: i64| y.view([b, t, n, self.head_dim]);
+        let q = rope.apply(&heads(q, self.n_head)).transpose(1, 2); // [B, H, T, D]
+        let k = rope.apply(&heads(k, self.kv_heads)).transpose(1, 2); // [B, Hkv, T, D]
+        let v = heads(v, self.kv_heads).transpose(1, 2);
         let (k, v) = match cache {
             None => (k, v),
             Some(cache) => cache.extend(&k, &v),

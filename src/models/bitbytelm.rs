@@ -12,7 +12,7 @@ use tch::{Tensor, nn};
 
 use super::block::RMS_EPS;
 use super::{Block, LayerCache, RmsNorm, Rope};
-use crate::config::{ModelConfig, QuantConfig, VOCAB_SIZE};
+use crate::config::{ModelConfig, QuantConfig, QuantKernel, VOCAB_SIZE};
 
 /// The language model.
 #[derive(Debug)]
@@ -23,6 +23,8 @@ pub struct BitByteLM {
     norm_f: RmsNorm,
     config: ModelConfig,
     checkpointing: bool,
+    /// Whether kernels of our own compute what has them.
+    fused: bool,
 }
 
 /// Keys and values of every layer for the tokens seen so far.
@@ -43,7 +45,7 @@ impl BitByteLM {
             (vs / "tok_emb").var("weight", &[VOCAB_SIZE, config.d_model], nn::Init::Randn { mean: 0.0, stdev });
         let blocks = (0..config.n_layer).map(|i| Block::new(vs / "blocks" / i, config, quant)).collect();
         let norm_f = RmsNorm::new(vs / "norm_f", config.d_model, RMS_EPS);
-        Self { tok_emb, blocks, norm_f, config: config.clone(), checkpointing: false }
+        Self { tok_emb, blocks, norm_f, config: config.clone(), checkpointing: false, fused: quant.kernel != QuantKernel::Reference }
     }
 
     /// Whether training recomputes each half of a block in backward instead of keeping its activations.
@@ -96,7 +98,7 @@ impl BitByteLM {
     }
 
     fn rope(&self, start: i64, tokens: &Tensor) -> Rope {
-        Rope::new(self.config.head_dim(), self.config.rope_base, start, tokens.size()[1], tokens.device())
+        Rope::new(self.config.head_dim(), self.config.rope_base, start, tokens.size()[1], tokens.device(), self.fused)
     }
 
     fn head(&self, x: &Tensor) -> Tensor {

@@ -32,8 +32,8 @@ impl Block {
     /// # Shapes
     /// `x`: `[B, T, d_model]` → the same.
     pub fn forward(&self, x: &Tensor, rope: &Rope, cache: Option<&mut LayerCache>) -> Tensor {
-        let x = x + self.attn.forward(&self.n1.forward(x), rope, cache);
-        &x + self.mlp.forward(&self.n2.forward(&x))
+        let x = x + self.attn.forward(self.n1.input(x), rope, cache);
+        &x + self.mlp.forward(self.n2.input(&x))
     }
 
     /// [`Block::forward`] with activation checkpointing: keeps one tensor for each half and computes
@@ -41,9 +41,9 @@ impl Block {
     pub fn forward_checkpointed(&self, x: &Tensor, rope: &Rope) -> Tensor {
         // The graph owns what it recomputes with: handles to the same parameters.
         let (n1, attn, rope) = (self.n1.shallow_clone(), self.attn.shallow_clone(), rope.shallow_clone());
-        let attention_half = move |x: &Tensor| x + attn.forward(&n1.forward(x), &rope, None);
+        let attention_half = move |x: &Tensor| x + attn.forward(n1.input(x), &rope, None);
         let (n2, mlp) = (self.n2.shallow_clone(), self.mlp.shallow_clone());
-        let mlp_half = move |x: &Tensor| x + mlp.forward(&n2.forward(x));
+        let mlp_half = move |x: &Tensor| x + mlp.forward(n2.input(x));
         let x = recompute(attention_half, x);
         recompute(mlp_half, &x)
     }

@@ -3,7 +3,7 @@
 use tch::{Tensor, nn};
 
 use crate::config::{ModelConfig, QuantConfig};
-use crate::quantization::BitLinear;
+use crate::quantization::{BitLinear, Input};
 
 /// y = down(silu(gate) · up), with gate and up as one projection, gate first.
 #[derive(Debug)]
@@ -25,9 +25,10 @@ impl Mlp {
 
     /// # Shapes
     /// `x`: `[B, T, d_model]` → the same.
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        let gate_up = self.gate_up.forward(x).chunk(2, -1);
-        self.down.forward(&(gate_up[0].silu() * &gate_up[1]))
+    pub fn forward(&self, x: Input) -> Tensor {
+        let [gate_up] = BitLinear::forward_each([&self.gate_up], x);
+        let [y] = BitLinear::forward_each([&self.down], Input::SwiGlu(&gate_up));
+        y
     }
 
     pub(super) fn freeze(&mut self) {

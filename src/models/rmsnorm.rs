@@ -1,6 +1,8 @@
 //! Root-mean-square layer normalisation (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-use tch::{Kind, Tensor, nn};
+use tch::{Tensor, nn};
+
+use crate::quantization::{Input, rms_norm};
 
 /// y = x / sqrt(mean(x²) + eps) · weight, over the last dimension.
 #[derive(Debug)]
@@ -19,7 +21,12 @@ impl RmsNorm {
     /// # Shapes
     /// `x`: `[..., dim]` → the same, computed and returned in fp32.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.to_kind(Kind::Float).rms_norm(self.weight.size(), Some(&self.weight), self.eps)
+        rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// [`RmsNorm::forward`] of `x`, for layers that compute it with their own.
+    pub fn input<'a>(&'a self, x: &'a Tensor) -> Input<'a> {
+        Input::RmsNorm { x, weight: &self.weight, eps: self.eps }
     }
 
     /// Another handle to the same tensor.

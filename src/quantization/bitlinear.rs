@@ -1,13 +1,20 @@
 //! `BitLinear`: a linear layer over quantized weights and activations.
 //!
 //! y = act_quant(x) · ternary_quant(W)ᵀ + b, both with straight-through gradients
-//! (BitNet b1.58, arXiv 2402.17764). The quantizers compute in fp32 under any autocast dtype;
-//! the product runs in what autocast says.
+//! (BitNet b1.58, arXiv 2402.17764). The quantizers compute in fp32 under any autocast dtype.
+//!
+//! There are two implementations, chosen by `quant.kernel`. The reference is detach arithmetic, and its product runs
+//! in what autocast says. The fused one multiplies the integers exactly and rounds the result to what autocast says;
+//! its backward products run in that dtype.
 
-use tch::{Tensor, nn};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{TernaryQuantSTE, act_quant, act_quant_per_token, ternary_quant};
-use crate::config::{ActQuant, QuantConfig, WeightQuant};
+use tch::{Device, Kind, Tensor, nn};
+
+use super::kernel_choice::{self, Shape};
+use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, ternary_quant};
+use crate::config::{ActQuant, QuantConfig, QuantKernel, Ste, WeightQuant};
+use crate::libtorch::{self, Prologue, TernaryWeight};
 
 /// A linear layer over quantized weights and activations.
 #[derive(Debug)]
@@ -19,6 +26,35 @@ pub struct BitLinear {
     quant: QuantConfig,
     /// The quantized weight, once [`BitLinear::freeze`] was called.
     frozen: Option<Tensor>,
+    ternary: Arc<TernaryCache>,
+}
+
+/// The weight as the fused kernels take it, quantized once for all microbatches and recomputations of a step: it is
+/// kept until the weight is written to, or moved.
+#[derive(Debug, Default)]
+struct TernaryCache(Mutex<Option<(Version, TernaryWeight)>>);
+
+/// How often a weight was written to, and where it lies.
+type Version = (i64, usize);
+
+impl TernaryCache {
+    fn get(&self, weight: &Tensor) -> TernaryWeight {
+        let version = (done(libtorch::tensor_version(weight)), weight.data_ptr() as usize);
+        let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*cached {
+            Some((of, ternary)) if *of == version => ternary.shallow_clone(),
+            _ => {
+                let ternary = done(TernaryWeight::new(weight));
+                *cached = Some((version, ternary.shallow_clone()));
+                ternary
+            }
+        }
+    }
+}
+
+/// Panics where libtorch fails, as every tch operation in a forward pass does.
+fn done<T>(result: Result<T, libtorch::Error>) -> T {
+    result.unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl BitLinear {
@@ -32,12 +68,78 @@ impl BitLinear {
             bias: bias.then(|| vs.var("bias", &[out_dim], init)),
             quant: *quant,
             frozen: None,
+            ternary: Arc::default(),
         }
     }
 
     /// # Shapes
     /// `x`: `[..., in]` → `[..., out]`, in autocast's dtype where it is on, else fp32.
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        let [y] = Self::forward_each([self], Input::Plain(x));
+        y
+    }
+
+    /// Several layers over one input, `[..., in]` each → `[..., out]`.
+    pub fn forward_each<const N: usize>(layers: [&Self; N], input: Input) -> [Tensor; N] {
+        match Self::is_fused(layers, input) {
+            true => Self::fused(layers, input),
+            false => Self::by_reference(layers, input),
+        }
+    }
+
+    fn by_reference<const N: usize>(layers: [&Self; N], input: Input) -> [Tensor; N] {
+        let x = input.reference();
+        layers.map(|layer| layer.reference(&x))
+    }
+
+    fn fused<const N: usize>(layers: [&Self; N], input: Input) -> [Tensor; N] {
+        let (x, prologue) = match input {
+            Input::Plain(x) => (x, Prologue::None),
+            Input::RmsNorm { x, weight, eps } => (x, Prologue::RmsNorm { weight, eps }),
+            Input::SwiGlu(gate_up) => (gate_up, Prologue::SwiGlu),
+        };
+        let ternary = layers.map(|layer| layer.ternary.get(&layer.weight));
+        let weights: [_; N] = std::array::from_fn(|i| (&layers[i].weight, &ternary[i]));
+        let clipped = layers.iter().all(|layer| layer.quant.ste == Ste::Clipped);
+        let mut outputs = done(libtorch::bit_linear(x, prologue, &weights, clipped, output_kind(x))).into_iter();
+        std::array::from_fn(|_| outputs.next().expect("an output for each weight"))
+    }
+
+    fn is_fused<const N: usize>(layers: [&Self; N], input: Input) -> bool {
+        let x = input.tensor();
+        let fits = |layer: &&Self| {
+            let quantized = layer.quant.weight == WeightQuant::Ternary && layer.quant.act == ActQuant::Int8;
+            quantized && layer.bias.is_none() && layer.quant.kernel != QuantKernel::Reference
+        };
+        if !layers.iter().all(fits) || !matches!(x.device(), Device::Cpu | Device::Cuda(_)) {
+            return false;
+        }
+        if layers.iter().any(|layer| layer.quant.kernel == QuantKernel::Fused) {
+            return true;
+        }
+        let [inputs, width] = [layers[0].weight.size()[1], x.size().last().copied().unwrap_or(1)];
+        let outputs = layers.iter().map(|layer| layer.weight.size()[0]).sum();
+        let tokens = x.numel() as i64 / width.max(1);
+        let shape =
+            Shape::new(x.device(), output_kind(x), input.number(), tokens, inputs, outputs, libtorch::is_grad_enabled());
+        let run = |forward: fn([&Self; N], Input) -> [Tensor; N]| {
+            // Of their own: the timing must leave no gradient behind.
+            let own = layers.map(Self::detached);
+            let x = x.detach().set_requires_grad(shape.training);
+            let outputs = forward(std::array::from_fn(|i| &own[i]), input.of(&x));
+            if shape.training {
+                outputs.iter().map(|y| y.sum(Kind::Float)).sum::<Tensor>().backward();
+            }
+        };
+        kernel_choice::is_fused(shape, &|| run(Self::fused), &|| run(Self::by_reference))
+    }
+
+    /// The same layer, with another gradient.
+    fn detached(&self) -> Self {
+        Self { weight: self.weight.detach().set_requires_grad(true), ..self.shallow_clone() }
+    }
+
+    fn reference(&self, x: &Tensor) -> Tensor {
         if let Some(weight) = &self.frozen {
             let x = match self.quant.act {
                 ActQuant::Int8 => act_quant(&x.to_kind(tch::Kind::Float)),
@@ -72,8 +174,14 @@ impl BitLinear {
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             quant: self.quant,
             frozen: self.frozen.as_ref().map(Tensor::shallow_clone),
+            ternary: self.ternary.clone(),
         }
     }
+}
+
+/// The dtype of a layer's output: autocast's where it is on for x's device, else fp32.
+fn output_kind(x: &Tensor) -> Kind {
+    libtorch::autocast_kind(x.device()).unwrap_or(Kind::Float)
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 
 mod act_quant;
 mod bitlinear;
+mod input;
+mod kernel_choice;
 mod ternary_quant;
 
 pub use act_quant::{act_quant, act_quant_per_token};
 pub use bitlinear::BitLinear;
+pub use input::{Input, rms_norm};
 pub use ternary_quant::{TernaryQuantSTE, ternary_quant};

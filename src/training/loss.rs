@@ -2,6 +2,9 @@
 
 use tch::{Kind, Reduction, Tensor};
 
+use crate::config::QuantKernel;
+use crate::libtorch::{Error, cross_entropy_mean};
+
 /// Nats to bits.
 pub const BITS_PER_NAT: f64 = std::f64::consts::LOG2_E;
 
@@ -11,6 +14,14 @@ pub const BITS_PER_NAT: f64 = std::f64::consts::LOG2_E;
 /// `logits`: `[B, T, 256]`, `targets`: `[B, T]` int64 → `[]` fp32.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
     reduced(logits, targets, Reduction::Mean)
+}
+
+/// [`cross_entropy`] as training computes it: by a kernel of our own, unless `kernel` says otherwise.
+pub fn training_loss(kernel: QuantKernel, logits: &Tensor, targets: &Tensor) -> Result<Tensor, Error> {
+    match kernel {
+        QuantKernel::Reference => Ok(cross_entropy(logits, targets)),
+        QuantKernel::Auto | QuantKernel::Fused => cross_entropy_mean(logits, targets),
+    }
 }
 
 /// Cross-entropy of each byte, in nats.

@@ -12,7 +12,7 @@ use tracing::warn;
 
 use super::ddp::{Ddp, DdpError};
 use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
-use super::loss::{BITS_PER_NAT, cross_entropy};
+use super::loss::{BITS_PER_NAT, cross_entropy, training_loss};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step};
 use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
 use super::parallel::Parallel;
@@ -492,7 +492,7 @@ impl Trainer {
                 parallel.prepare_for_forward()?;
             }
             let logits = autocast(self.device, self.config.train.precision, || self.model.forward(&inputs))?;
-            let loss = cross_entropy(&logits, &targets);
+            let loss = training_loss(self.config.quant.kernel, &logits, &targets)?;
             loss_sum += loss.detach();
             let loss = loss / accumulate as f64;
             let loss = self.scaler.as_ref().map_or(loss.shallow_clone(), |scaler| scaler.scale(&loss));

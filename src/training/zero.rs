@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{Error, ProcessGroup, set_grad};
+use crate::libtorch::{Error, ProcessGroup, mark_written, set_grad};
 use crate::utils::optim::AdamWState;
 
 /// Parameters and gradients laid out flat, and this rank's part of them.
@@ -15,6 +15,8 @@ use crate::utils::optim::AdamWState;
 pub struct Shards {
     /// All parameters, `[N · part]`; the model's are views of it.
     params: Tensor,
+    /// Handles to the model's.
+    model: Vec<Tensor>,
     /// Their gradients, likewise.
     grads: Tensor,
     /// This rank's mean gradient, `[part]`.
@@ -37,14 +39,22 @@ impl Shards {
         let count: i64 = params.iter().map(|p| p.numel() as i64).sum();
         let part = (count + ranks - 1) / ranks;
         let zeros = |n: i64| Tensor::zeros([n], (Kind::Float, device));
-        let shards =
-            Self { params: zeros(part * ranks), grads: zeros(part * ranks), grad: zeros(part), sizes, rank, ranks };
+        let mut shards = Self {
+            params: zeros(part * ranks),
+            model: vec![],
+            grads: zeros(part * ranks),
+            grad: zeros(part),
+            sizes,
+            rank,
+            ranks,
+        };
         let (values, grads) = (shards.views(&shards.params), shards.views(&shards.grads));
         for ((param, mut value), grad) in params.iter_mut().zip(values).zip(grads) {
             value.copy_(param);
             param.set_data(&value);
             set_grad(param, &grad)?;
         }
+        shards.model = params;
         Ok(shards)
     }
 
@@ -93,7 +103,9 @@ impl Shards {
     pub fn gather_parameters(&self, group: &ProcessGroup) -> Result<(), Error> {
         let _no_grad = tch::no_grad_guard();
         // Not in place: Gloo's all-gather must not read what it writes.
-        group.all_gather(&self.params, &self.param().copy())
+        group.all_gather(&self.params, &self.param().copy())?;
+        // They share the flat tensor's memory, but not its count of writes, which what is cached of a weight goes by.
+        mark_written(&self.model)
     }
 
     /// The whole optimizer state on the CPU, parameter by parameter, on rank 0; nothing on the others, which

@@ -218,6 +218,16 @@ mod tests {
         assert_eq!(optimizer.state[0].step.double_value(&[]), 3.0);
     }
 
+    /// What is cached of a weight goes by its version.
+    #[test]
+    fn a_step_counts_as_a_write() {
+        let p = Tensor::zeros([3], CPU).set_requires_grad(true);
+        let mut optimizer = AdamW::new(vec![p.shallow_clone()], &OptimConfig::default());
+        let before = libtorch::tensor_version(&p).unwrap();
+        optimizer.step(&[Tensor::ones([3], CPU)], 1e-2, &Tensor::zeros([], CPU)).unwrap();
+        assert!(libtorch::tensor_version(&p).unwrap() > before);
+    }
+
     #[test]
     fn clipping_scales_only_what_is_too_long() {
         for (max, factor) in [(1.0, 0.2), (10.0, 1.0)] {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bbt::checkpoint::Value;
-use bbt::config::{ActQuant, Attention, ModelConfig, QuantConfig, Ste};
+use bbt::config::{ActQuant, Attention, ModelConfig, QuantConfig, QuantKernel, Ste};
 use bbt::models::BitByteLM;
 use tch::{Device, Tensor, nn};
 
@@ -55,7 +55,8 @@ impl Golden {
 
     pub fn quant_config(&self, ste: Ste) -> QuantConfig {
         let act = if self.meta["config"]["act_quant"] == true { ActQuant::Int8 } else { ActQuant::None };
-        QuantConfig { ste, act, ..QuantConfig::default() }
+        // As attention above.
+        QuantConfig { ste, act, kernel: QuantKernel::Reference, ..QuantConfig::default() }
     }
 }
 

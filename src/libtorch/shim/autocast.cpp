@@ -27,3 +27,11 @@ extern "C" char* bbt_autocast_exit(int device) {
     at::autocast::set_autocast_enabled(device_type(device), false);
   });
 }
+
+extern "C" char* bbt_autocast_dtype(int device, int* dtype) {
+  return bbt::guarded([&] {
+    *dtype = -1;
+    if (!at::autocast::is_autocast_enabled(device_type(device))) return;
+    *dtype = at::autocast::get_autocast_dtype(device_type(device)) == at::kHalf ? 0 : 1;
+  });
+}
