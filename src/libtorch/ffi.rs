@@ -29,6 +29,39 @@ unsafe extern "C" {
         v: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_ternary_weight(
+        isa: c_int,
+        w: *const C_tensor,
+        codes: *mut *mut C_tensor,
+        gamma: *mut *mut C_tensor,
+        packed: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub fn bbt_bit_linear(
+        isa: c_int,
+        x: *const C_tensor,
+        prologue: c_int,
+        norm_weight: *const C_tensor,
+        eps: f64,
+        weights: *const *const C_tensor,
+        n: usize,
+        clipped: c_int,
+        dtype: c_int,
+        outputs: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub fn bbt_rope(
+        isa: c_int,
+        x: *const C_tensor,
+        cos: *const C_tensor,
+        sin: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub fn bbt_cross_entropy_mean(
+        isa: c_int,
+        logits: *const C_tensor,
+        targets: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub fn bbt_tensor_version(tensor: *const C_tensor, version: *mut i64) -> *mut c_char;
     pub fn bbt_host_copy_start(tensor: *const C_tensor, copy: *mut *mut c_void) -> *mut c_char;
     pub fn bbt_host_copy_wait(copy: *mut c_void, tensor: *mut *mut C_tensor) -> *mut c_char;
     pub fn bbt_host_copy_free(copy: *mut c_void);

@@ -49,8 +49,8 @@ struct Kernels {
   // x w^T, [N, out] in `dtype`: the integers' product, exact in int32, times the row's scale and gamma.
   at::Tensor (*product)(const Rows& x, const TernaryWeight& w, at::ScalarType dtype);
 
-  // dy * scales[:, None] in `dtype`: what backward multiplies the codes with. `dy`: [N, D].
-  at::Tensor (*scale_rows)(const at::Tensor& dy, const at::Tensor& scales, at::ScalarType dtype);
+  // x * scales[:, None] in `dtype`. `x`: [N, D], also int8: codes and their scales make the operands of backward.
+  at::Tensor (*scale_rows)(const at::Tensor& x, const at::Tensor& scales, at::ScalarType dtype);
 
   // Rotary positions, half-split: (a, b) -> (a cos - b sin, a sin + b cos) where a and b are the halves of D; with
   // `inverse` the sine's sign is the other one, which is the gradient. `x`: [B, T, H, D], any strides but D's, which is
@@ -68,5 +68,9 @@ struct Kernels {
 
 extern const Kernels kCpu;
 extern const Kernels kCuda;
+
+// Chooses the instruction set of kCpu on this thread, by its number in cpu_kernels.rs.
+void use_cpu_kernels(int64_t isa);
+int64_t cpu_kernels_in_use();
 
 }  // namespace bbt::fused

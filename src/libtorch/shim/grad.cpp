@@ -4,3 +4,7 @@
 extern "C" char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad) {
   return bbt::guarded([&] { tensor->mutable_grad() = *grad; });
 }
+
+extern "C" char* bbt_tensor_version(at::Tensor* tensor, int64_t* version) {
+  return bbt::guarded([&] { *version = tensor->_version(); });
+}

@@ -61,8 +61,22 @@ char* bbt_autocast_exit(int device);
 char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure, at::Tensor* input,
                                 at::Tensor** output);
 
-// attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16.
+// attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, 4 AVX-512 with bf16.
 char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor** out);
+
+// fused.cpp. `isa` is as above; other devices have no use for it. `*codes`, `*gamma`, `*packed`: new tensors; `*packed` may
+// stay nullptr.
+char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, at::Tensor** gamma, at::Tensor** packed);
+// `prologue`: 0 none, 1 RMSNorm with `norm_weight` and `eps`, 2 SwiGLU. `weights` holds `n` weights, each of them as
+// the tensor that the gradient is of, its codes, its gamma, and packed or nullptr. `dtype`: 0 fp32, 1 bf16, 2 fp16.
+// `outputs`: room for `n` new tensors.
+char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor* norm_weight, double eps,
+                     at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs);
+char* bbt_rope(int isa, at::Tensor* x, at::Tensor* cos, at::Tensor* sin, at::Tensor** out);
+char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, at::Tensor** out);
+
+// grad.cpp. How often the tensor was written to in place.
+char* bbt_tensor_version(at::Tensor* tensor, int64_t* version);
 
 // host_copy.cpp. A handle `void*`, freed with `_free`.
 char* bbt_host_copy_start(at::Tensor* tensor, void** copy);

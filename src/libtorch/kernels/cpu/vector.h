@@ -21,11 +21,13 @@ typedef float Vec __attribute__((vector_size(4 * BBT_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * BBT_LANES)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * BBT_LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * BBT_LANES)));
+typedef int8_t ByteVec __attribute__((vector_size(BBT_LANES)));
 
 // The same anywhere in memory.
 typedef float LooseVec __attribute__((vector_size(4 * BBT_LANES), aligned(4), may_alias));
 typedef uint32_t LooseBitVec __attribute__((vector_size(4 * BBT_LANES), aligned(4), may_alias));
 typedef uint16_t LooseHalfVec __attribute__((vector_size(2 * BBT_LANES), aligned(2), may_alias));
+typedef int8_t LooseByteVec __attribute__((vector_size(BBT_LANES), aligned(1), may_alias));
 
 #define BBT_INLINE inline __attribute__((always_inline))
 
@@ -36,6 +38,15 @@ BBT_INLINE void store_bits(void* p, BitVec x) { *static_cast<LooseBitVec*>(p) = 
 BBT_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 BBT_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// |x|; not a number stays so.
+BBT_INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(x) & 0x7fffffff); }
+
+// To the nearest integer, ties to even, for |x| below 2^22.
+BBT_INLINE Vec round_to_even(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23, beside which there is no room for a fraction.
+  return (x + kRound) - kRound;
+}
 
 BBT_INLINE float sum(Vec x) {
   float total = 0;
@@ -79,6 +90,27 @@ BBT_INLINE HalfVec to_bfloat16(Vec x) {
   return __builtin_convertvector(result, HalfVec);
 }
 
+BBT_INLINE Vec from_half(HalfVec x) {
+  const BitVec bits = __builtin_convertvector(x, BitVec);
+  // The exponent's bias is 15, not 127; multiplying also makes subnormal numbers normal.
+  const Vec value = reinterpret_cast<Vec>((bits & 0x7fff) << 13) * 0x1p112f;
+  const BitVec special = (bits & 0x7c00) == 0x7c00 ? BitVec{} + 0x7f800000 : BitVec{};
+  return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(value) | special | (bits & 0x8000) << 16);
+}
+
+// Rounds to nearest, ties to even; not a number stays so.
+BBT_INLINE HalfVec to_half(Vec x) {
+  // What is too large becomes infinite in the first product.
+  const Vec value = (magnitude(x) * 0x1p112f) * 0x1p-110f;
+  const BitVec bits = reinterpret_cast<BitVec>(x), twice = bits + bits, sign = (bits >> 16) & 0x8000;
+  // Added to a number whose last bit is what the result's last bit stands for, the value is rounded to it.
+  const BitVec exponent = twice & 0xff000000, smallest = BitVec{} + 0x71000000;
+  const Vec base = reinterpret_cast<Vec>(((exponent > smallest ? exponent : smallest) >> 1) + 0x07800000) + value;
+  const BitVec rounded = reinterpret_cast<BitVec>(base);
+  const BitVec result = ((rounded >> 13) & 0x7c00) + (rounded & 0xfff);
+  return __builtin_convertvector(sign | (twice > 0xff000000 ? BitVec{} + 0x7e00 : result), HalfVec);
+}
+
 BBT_INLINE float from_bfloat16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
@@ -101,6 +133,24 @@ struct BFloat16 {
     return from_bfloat16(*reinterpret_cast<const LooseHalfVec*>(p));
   }
   static BBT_INLINE void store_row(uint16_t* p, Vec x) { *reinterpret_cast<LooseHalfVec*>(p) = to_bfloat16(x); }
+};
+
+struct Half {
+  typedef uint16_t Element;
+  static BBT_INLINE Vec load_row(const uint16_t* p) { return from_half(*reinterpret_cast<const LooseHalfVec*>(p)); }
+  static BBT_INLINE void store_row(uint16_t* p, Vec x) { *reinterpret_cast<LooseHalfVec*>(p) = to_half(x); }
+};
+
+// Small integers; what is stored is one.
+struct Int8 {
+  typedef int8_t Element;
+  static BBT_INLINE Vec load_row(const int8_t* p) {
+    return __builtin_convertvector(*reinterpret_cast<const LooseByteVec*>(p), Vec);
+  }
+  static BBT_INLINE void store_row(int8_t* p, Vec x) {
+    const IntVec integers = __builtin_convertvector(x, IntVec);
+    *reinterpret_cast<LooseByteVec*>(p) = __builtin_convertvector(integers, ByteVec);
+  }
 };
 
 // One stage of transposing kLanes x kLanes words: exchanges the off-diagonal quarters of every square of 2 * kHalf.
