@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bbt::libtorch::{Autocast, AutocastDtype, Prologue, TernaryWeight, bit_linear, cross_entropy_mean, rope};
 use bbt::quantization::{TernaryQuantSTE, act_quant_per_token};
-use bbt::{config::Ste, training::cross_entropy};
+use bbt::{config::Ste, training::loss::cross_entropy};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
