@@ -270,22 +270,10 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
     }
 }
 
-/// How often `tensor`, or what it is a view of, was written to in place: what was computed from it is up to date as
-/// long as this stays the same.
-///
-/// # Errors
-/// libtorch's own, for a tensor that does not count.
-pub fn tensor_version(tensor: &Tensor) -> Result<i64, Error> {
-    let mut version = 0;
-    // SAFETY: a live tensor, and room for a number.
-    ffi::check(unsafe { ffi::bbt_tensor_version(tensor.as_ptr(), &mut version) })?;
-    Ok(version)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward};
+    use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward, tensor_version};
     use crate::quantization::{TernaryQuantSTE, act_quant, ternary_quant};
     use tch::Device;
 

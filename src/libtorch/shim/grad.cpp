@@ -8,6 +8,16 @@ extern "C" char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad) {
   return bbt::guarded([&] { tensor->mutable_grad() = *grad; });
 }
 
+extern "C" char* bbt_mark_written(at::Tensor* const* tensors, size_t n) {
+  return bbt::guarded([&] {
+    for (size_t i = 0; i < n; ++i) torch::autograd::impl::bump_version(*tensors[i]);
+  });
+}
+
+extern "C" int bbt_is_grad_enabled() {
+  return at::GradMode::is_enabled();
+}
+
 extern "C" char* bbt_tensor_version(at::Tensor* tensor, int64_t* version) {
   return bbt::guarded([&] { *version = tensor->_version(); });
 }
