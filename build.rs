@@ -36,6 +36,9 @@ fn main() {
         Err(_) => root.join("include"),
     };
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
+    // For the tests that compile C++ of their own.
+    println!("cargo:rustc-env=BBT_TORCH_INCLUDE={}", include.display());
+    println!("cargo:rustc-env=BBT_TORCH_ABI={abi}");
     let mut build = cc::Build::new();
     let cuda = lib.join("libtorch_cuda.so").exists();
     match nccl_includes(root) {
@@ -128,8 +131,10 @@ fn compile_cpu_kernels() {
 /// Writes the sources of the CUDA kernels, which the GPU's own machine compiles, as entries of nvrtc.cpp's table.
 /// Returns the folder to include from.
 fn embed_cuda_kernels() -> PathBuf {
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(CUDA_KERNELS).expect("a folder of kernels").map(|e| e.expect("a readable folder").path()).collect();
+    let mut files: Vec<PathBuf> = fs::read_dir(CUDA_KERNELS)
+        .expect("a folder of kernels")
+        .map(|e| e.expect("a readable folder").path())
+        .collect();
     files.sort();
     let mut table = String::new();
     for file in files {

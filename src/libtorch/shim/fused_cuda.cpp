@@ -36,6 +36,12 @@ std::string ending(at::ScalarType dtype) {
   }
 }
 
+std::string ending(at::ScalarType first, at::ScalarType second) {
+  TORCH_CHECK(first == second || first == at::kFloat || second == at::kFloat, "no fused kernel takes ", first, " with ",
+              second);
+  return ending(first) + ending(second);
+}
+
 // That the kernel may read `tensor` as what it takes it for.
 void check(const char* name, const at::Tensor& tensor, at::Device device, at::IntArrayRef sizes) {
   TORCH_CHECK(tensor.device() == device, name, " is on ", tensor.device(), ", not on ", device);
@@ -127,7 +133,7 @@ std::pair<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& dy, const 
   const cuda::RmsNormBackward arguments = {
       dy.data_ptr(), x.data_ptr(), weight.data_ptr<float>(), rstd.data_ptr<float>(), dx.data_ptr(),
       partial.data_ptr<float>(), n, d, rows_each};
-  const auto name = "rms_norm_backward" + ending(dy.scalar_type()) + ending(x.scalar_type());
+  const auto name = "rms_norm_backward" + ending(dy.scalar_type(), x.scalar_type());
   cuda::launch(x.device(), name, blocks, cuda::row_threads(d), &arguments);
   const cuda::SumColumns sum = {partial.data_ptr<float>(), dweight.data_ptr<float>(), blocks, d};
   cuda::launch(x.device(), "sum_columns", (d + 31) / 32, cuda::kSumThreads, &sum);
@@ -150,7 +156,7 @@ at::Tensor swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up) {
   check("gate_up", gate_up, dy.device(), {n, 2 * d});
   const auto dgate_up = at::empty_like(gate_up);
   const cuda::SwiGluBackward arguments = {dy.data_ptr(), gate_up.data_ptr(), dgate_up.data_ptr(), d};
-  const auto name = "swiglu_backward" + ending(dy.scalar_type()) + ending(gate_up.scalar_type());
+  const auto name = "swiglu_backward" + ending(dy.scalar_type(), gate_up.scalar_type());
   cuda::launch(dy.device(), name, n, cuda::row_threads(d), &arguments);
   return dgate_up;
 }
@@ -177,8 +183,7 @@ at::Tensor scale_rows(const at::Tensor& dy, const at::Tensor& scales, at::Scalar
   check("scales", scales, dy.device(), {n}, at::kFloat);
   const auto y = at::empty({n, d}, dy.options().dtype(dtype));
   const cuda::ScaleRows arguments = {dy.data_ptr(), scales.data_ptr<float>(), y.data_ptr(), d};
-  cuda::launch(dy.device(), "scale_rows" + ending(dy.scalar_type()) + ending(dtype), n, cuda::row_threads(d),
-               &arguments);
+  cuda::launch(dy.device(), "scale_rows" + ending(dy.scalar_type(), dtype), n, cuda::row_threads(d), &arguments);
   return y;
 }
 

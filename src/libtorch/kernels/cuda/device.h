@@ -135,7 +135,7 @@ float over_block(float value, Op op) {
 
 }  // namespace bbt::cuda
 
-// A kernel by its name, and for each dtype, or for each two: NAME_float, NAME_half_bfloat16.
+// A kernel by its name, and for each dtype, or for each two that a model has: NAME_float, NAME_float_bfloat16.
 #ifndef BBT_KERNEL
 #define BBT_KERNEL(name, ending, Arguments, ...)                            \
   extern "C" __global__ void __launch_bounds__(bbt::cuda::kMaxThreads)      \
@@ -153,7 +153,5 @@ float over_block(float value, Op op) {
   BBT_KERNEL(name, _float_bfloat16, Arguments, <float, bbt::cuda::BFloat16>)               \
   BBT_KERNEL(name, _half_float, Arguments, <bbt::cuda::Half, float>)                       \
   BBT_KERNEL(name, _half_half, Arguments, <bbt::cuda::Half, bbt::cuda::Half>)              \
-  BBT_KERNEL(name, _half_bfloat16, Arguments, <bbt::cuda::Half, bbt::cuda::BFloat16>)      \
   BBT_KERNEL(name, _bfloat16_float, Arguments, <bbt::cuda::BFloat16, float>)               \
-  BBT_KERNEL(name, _bfloat16_half, Arguments, <bbt::cuda::BFloat16, bbt::cuda::Half>)      \
   BBT_KERNEL(name, _bfloat16_bfloat16, Arguments, <bbt::cuda::BFloat16, bbt::cuda::BFloat16>)

@@ -33,7 +33,7 @@ constexpr int kSharedColumns = 8192;
 // With g = dy weight and h = x rstd: dx = rstd (g - h mean(g h)), dweight = the sum of dy h over rows.
 template <typename DY, typename T>
 void rms_norm_backward(const RmsNormBackward& a) {
-  __shared__ alignas(16) float shared[kSharedColumns];
+  alignas(16) __shared__ float shared[kSharedColumns];
   const bool packs = packed(a.d, a.dy, a.x, a.weight, a.dx, a.partial);
   float* const partial = a.partial + blockIdx.x * a.d;
   // A thread has the same columns in every row, so that nobody else touches its sums.
