@@ -1,9 +1,10 @@
 // Enough of CUDA to run kernels/cuda/ on a CPU: a block's threads are fibers of one thread, which goes from one to the
 // next where they wait for each other.
 //
-// What that shows: what is computed, and that every thread of a block comes to the same barriers. The order in which
-// fibers run is drawn anew at every turn, so that a missing barrier shows more often than not. What it cannot show:
-// races within a warp, memory models, alignment faults of the device (reads in packs are checked here), occupancy, time.
+// What that shows: what is computed, and that every thread of a block comes to the same barriers. Each warp in turn, in
+// an order that is drawn anew, runs as far as barriers let it, so that a missing barrier shows. A misaligned pack shows
+// where this is compiled with -fsanitize=alignment. What it cannot show: races within a warp, the device's memory model,
+// coalescing, occupancy, time.
 #pragma once
 
 #include <math.h>
@@ -18,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -53,7 +55,7 @@ inline const std::function<void()>* kernel;
 inline Barrier block;
 inline std::vector<Barrier> warps;
 inline float slots[1024];
-// Whether a fiber did anything since the scheduler last went through all of them.
+// Whether a fiber of the warp did anything since the scheduler last went through it.
 inline bool moved;
 
 inline void wait(Barrier& barrier) {
@@ -96,9 +98,10 @@ inline void run(unsigned blocks, unsigned threads, const std::function<void()>& 
     blockIdx = {b};
     block = {threads};
     warps.assign(threads / 32, {32});
-    std::vector<unsigned> waiting(threads);
+    std::vector<unsigned> order(threads / 32), lanes(32);
+    std::iota(order.begin(), order.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
     for (unsigned t = 0; t < threads; ++t) {
-      waiting[t] = t;
       Fiber& fiber = fibers[t];
       fiber.done = false;
       if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
@@ -108,20 +111,30 @@ inline void run(unsigned blocks, unsigned threads, const std::function<void()>& 
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
     }
-    while (!waiting.empty()) {
-      std::shuffle(waiting.begin(), waiting.end(), random);
-      moved = false;
-      std::vector<unsigned> left;
-      for (const unsigned t : waiting) {
-        threadIdx = {t};
-        swapcontext(&scheduler, &fibers[t].context);
-        if (!fibers[t].done) left.push_back(t);
+    // Warp by warp, each as far ahead of the others as barriers let it.
+    while (!order.empty()) {
+      std::shuffle(order.begin(), order.end(), random);
+      bool any = false;
+      for (const unsigned warp : order) {
+        do {
+          moved = false;
+          std::shuffle(lanes.begin(), lanes.end(), random);
+          for (const unsigned lane : lanes) {
+            threadIdx = {warp * 32 + lane};
+            Fiber& fiber = fibers[threadIdx.x];
+            if (!fiber.done) swapcontext(&scheduler, &fiber.context);
+          }
+          any |= moved;
+        } while (moved);
       }
-      if (!moved) {
-        std::fprintf(stderr, "block %u: %zu threads wait at a barrier that others do not come to\n", b, left.size());
+      if (!any) {
+        std::fprintf(stderr, "block %u: threads wait at a barrier that others do not come to\n", b);
         std::abort();
       }
-      waiting = left;
+      const auto done = [](unsigned warp) {
+        return std::all_of(&fibers[warp * 32], &fibers[warp * 32] + 32, [](const Fiber& f) { return f.done; });
+      };
+      order.erase(std::remove_if(order.begin(), order.end(), done), order.end());
     }
   }
 }

@@ -190,7 +190,8 @@ void test_swiglu() {
   }
   // Where exp overflows, the product is 0 and its slope, too.
   const auto far = at::tensor({-200.0f, 200.0f, 1.0f, 1.0f}).view({1, 4});
-  same(kCuda.swiglu_backward(at::ones({1, 2}), far), at::tensor({0.0f, 1.0f, 0.0f, 200.0f}).view({1, 4}), "swiglu: far");
+  const auto slopes = at::tensor({0.0f, 1.0f, 0.0f, 200.0f}).view({1, 4});
+  same(kCuda.swiglu_backward(at::ones({1, 2}), far), slopes, "swiglu: far");
 }
 
 void test_ternary() {
@@ -257,11 +258,12 @@ void test_rope() {
     for (const auto& [heads, d] : {std::pair<int64_t, int64_t>{3, 16}, {2, 10}, {1, 64}, {5, 128}}) {
       const int64_t b = 2, t = 5;
       const auto cos = at::randn({t, d / 2}), sin = at::randn({t, d / 2});
-      // Contiguous, [B, H, T, D] turned, and a part of a wider tensor, at an even and at an odd place.
+      // Contiguous, [B, H, T, D] turned, and parts of a wider tensor: of its heads, of its columns, and these misaligned.
       const Tensor inputs[] = {
           at::randn({b, t, heads, d}).to(dtype), at::randn({b, heads, t, d}).to(dtype).transpose(1, 2),
           at::randn({b, t, heads + 2, d}).to(dtype).narrow(2, 1, heads),
-          at::randn({b, t, heads, d + 3}).to(dtype).narrow(3, 1, d), at::randn({0, t, heads, d}).to(dtype)};
+          at::randn({b, t, heads, d + 3}).to(dtype).narrow(3, 0, d),
+          at::randn({b, t, heads, d + 8}).to(dtype).narrow(3, 1, d), at::randn({0, t, heads, d}).to(dtype)};
       for (const auto& x : inputs) {
         for (const bool inverse : {false, true}) {
           const auto y = kCuda.rope(x, cos, sin, inverse);
@@ -292,7 +294,8 @@ void test_cross_entropy() {
       const auto dlogits = kCuda.cross_entropy_backward(logits, targets, log_sums, factor);
       const auto one_hot = at::zeros({n, v}, at::kDouble).scatter(-1, targets.unsqueeze(-1), 1.0);
       expect(dlogits.scalar_type() == dtype, what + ": dtype");
-      close(dlogits, (exact(logits).softmax(-1) - one_hot) * exact(factor), 4 * unit(dtype) + 1e-5, what + ": gradient");
+      const auto expected = (exact(logits).softmax(-1) - one_hot) * exact(factor);
+      close(dlogits, expected, 4 * unit(dtype) + 1e-5, what + ": gradient");
     }
   }
   const auto logits = at::randn({3, 256}) + 1e4;  // exp would overflow
