@@ -3,8 +3,8 @@
 //
 // What that shows: what is computed, and that every thread of a block comes to the same barriers. Each warp in turn, in
 // an order that is drawn anew, runs as far as barriers let it, so that a missing barrier shows. A misaligned pack shows
-// where this is compiled with -fsanitize=alignment. What it cannot show: races within a warp, the device's memory model,
-// coalescing, occupancy, time.
+// where this is compiled with -fsanitize=alignment. What it cannot show: races within a warp, the memory model of the
+// device, coalescing, occupancy, time.
 #pragma once
 
 #include <math.h>

@@ -258,7 +258,7 @@ void test_rope() {
     for (const auto& [heads, d] : {std::pair<int64_t, int64_t>{3, 16}, {2, 10}, {1, 64}, {5, 128}}) {
       const int64_t b = 2, t = 5;
       const auto cos = at::randn({t, d / 2}), sin = at::randn({t, d / 2});
-      // Contiguous, [B, H, T, D] turned, and parts of a wider tensor: of its heads, of its columns, and these misaligned.
+      // Contiguous, [B, H, T, D] turned, and parts of a wider tensor: heads, columns, misaligned columns.
       const Tensor inputs[] = {
           at::randn({b, t, heads, d}).to(dtype), at::randn({b, heads, t, d}).to(dtype).transpose(1, 2),
           at::randn({b, t, heads + 2, d}).to(dtype).narrow(2, 1, heads),
