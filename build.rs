@@ -9,6 +9,7 @@ const TORCH_VERSION: &str = "2.11.0";
 
 const SHIM: &str = "src/libtorch/shim";
 const CPU_KERNELS: &str = "src/libtorch/kernels/cpu";
+const CUDA_KERNELS: &str = "src/libtorch/kernels/cuda";
 
 /// The instruction sets that CPU kernels are compiled for on x86-64, by the ending of the file's name: the
 /// compiler's flags.
@@ -22,6 +23,7 @@ const X86_64: [(&str, &[&str]); 4] = [
 fn main() {
     println!("cargo:rerun-if-changed={SHIM}");
     println!("cargo:rerun-if-changed={CPU_KERNELS}");
+    println!("cargo:rerun-if-changed={CUDA_KERNELS}");
     println!("cargo:rerun-if-changed=build.rs");
     // torch-sys passes the folder it links from to the packages that depend on it directly.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names its lib folder"));
@@ -35,6 +37,9 @@ fn main() {
         Err(_) => root.join("include"),
     };
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
+    // For the tests that compile C++ of their own.
+    println!("cargo:rustc-env=BBT_TORCH_INCLUDE={}", include.display());
+    println!("cargo:rustc-env=BBT_TORCH_ABI={abi}");
     let mut build = cc::Build::new();
     let cuda = lib.join("libtorch_cuda.so").exists();
     match nccl_includes(root) {
@@ -54,6 +59,7 @@ fn main() {
         .include(format!("{SHIM}/gloo_names"))
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
+        .include(embed_cuda_kernels())
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         // libtorch's own headers warn.
         .warnings(false)
@@ -121,6 +127,25 @@ fn compile_cpu_kernels() {
         objects.extend(build.file(&source).compile_intermediates());
     }
     cc::Build::new().objects(objects).compile("bbt_cpu_kernels");
+}
+
+/// Writes the sources of the CUDA kernels, which the GPU's own machine compiles, as entries of nvrtc.cpp's table.
+/// Returns the folder to include from.
+fn embed_cuda_kernels() -> PathBuf {
+    let mut files: Vec<PathBuf> = fs::read_dir(CUDA_KERNELS)
+        .expect("a folder of kernels")
+        .map(|e| e.expect("a readable folder").path())
+        .collect();
+    files.sort();
+    let mut table = String::new();
+    for file in files {
+        let name = file.file_name().expect("a file's name").to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).expect("a source");
+        table += &format!("{{\"{name}\", R\"bbt({text})bbt\"}},\n");
+    }
+    let folder = PathBuf::from(env::var("OUT_DIR").expect("cargo names the folder"));
+    fs::write(folder.join("cuda_sources.inc"), table).expect("a writable folder");
+    folder
 }
 
 /// The OpenMP library that libtorch brings along.

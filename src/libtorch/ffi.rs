@@ -147,6 +147,7 @@ unsafe extern "C" {
         overlap: *mut i64,
     ) -> *mut c_char;
     pub fn bbt_cuda_memory(index: c_int, free: *mut u64, total: *mut u64, peak: *mut u64) -> *mut c_char;
+    pub fn bbt_cuda_kernels(architecture: *const c_char, cache: *const c_char, bytes: *mut usize) -> *mut c_char;
 }
 
 /// Turns what a shim function returned into a result.

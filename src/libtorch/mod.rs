@@ -7,6 +7,7 @@
 mod attention;
 mod autocast;
 mod cpu_kernels;
+mod cuda_kernels;
 mod distributed;
 mod exit;
 mod ffi;
@@ -21,6 +22,7 @@ mod storage;
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype, autocast_kind};
 pub use cpu_kernels::CpuKernels;
+pub use cuda_kernels::compile_cuda_kernels;
 pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store};
 pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norm, fused_adamw};

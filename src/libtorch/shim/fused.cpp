@@ -21,8 +21,9 @@ using torch::autograd::variable_list;
 enum class Prologue { kNone, kRmsNorm, kSwiGlu };
 
 const Kernels& kernels(const Tensor& tensor) {
-  TORCH_CHECK(tensor.device().is_cpu(), "no fused kernels on device ", tensor.device());
-  return kCpu;
+  const at::Device device = tensor.device();
+  TORCH_CHECK(device.is_cpu() || device.is_cuda(), "no fused kernels on device ", device);
+  return device.is_cpu() ? kCpu : kCuda;
 }
 
 // For backward: it has no derivative of its own, autocast does not reach inside, and the instruction set is forward's.

@@ -134,4 +134,8 @@ char* bbt_reducer_times(void* reducer, int64_t* forward, int64_t* backward, int6
 // memory.cpp. Bytes on CUDA device `index`.
 char* bbt_cuda_memory(int index, uint64_t* free_bytes, uint64_t* total_bytes, uint64_t* peak_bytes);
 
+// nvrtc.cpp. Compiles bbt's CUDA kernels for `architecture`, "sm_90", or finds them in the folder `cache`. `bytes`: how
+// large they are.
+char* bbt_cuda_kernels(const char* architecture, const char* cache, size_t* bytes);
+
 }  // extern "C"

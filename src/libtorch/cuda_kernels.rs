@@ -1,0 +1,23 @@
+//! The CUDA kernels (`kernels/cuda/`), which are compiled by libtorch's NVRTC on the machine that runs them. A GPU's
+//! first use of them does that by itself.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::{Error, ffi};
+
+/// Compiles the CUDA kernels for `architecture` (`sm_90`: compute capability 9.0), or finds them in the folder `cache`,
+/// which it creates. No GPU is needed. Returns how many bytes of machine code they are.
+///
+/// # Errors
+/// NVRTC is missing (a libtorch without CUDA), or does not know the architecture; its log where a kernel does not
+/// compile. A cache that cannot be read or written is not an error.
+pub fn compile_cuda_kernels(architecture: &str, cache: &Path) -> Result<usize, Error> {
+    let text = |bytes: &[u8]| CString::new(bytes).map_err(|error| Error(error.to_string()));
+    let (architecture, cache) = (text(architecture.as_bytes())?, text(cache.as_os_str().as_bytes())?);
+    let mut bytes = 0;
+    // SAFETY: two NUL-terminated strings that live through the call, and a place for one number.
+    ffi::check(unsafe { ffi::bbt_cuda_kernels(architecture.as_ptr(), cache.as_ptr(), &mut bytes) })?;
+    Ok(bytes)
+}

@@ -1,0 +1,140 @@
+//! The CUDA kernels without a GPU: NVRTC compiles them for the GPUs that are common, an emulation (`cuda/`) runs them
+//! against libtorch's operators, and a driver that computes nothing checks how they are launched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use bbt::libtorch::compile_cuda_kernels;
+
+/// The only file in `folder`.
+fn only_file(folder: &Path) -> PathBuf {
+    let files: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    files.into_iter().next().unwrap()
+}
+
+// As `this_build_has_nccl` in distributed.rs: the tests want the libtorch with CUDA that `make libtorch` installs.
+#[test]
+fn kernels_compile() {
+    for architecture in ["sm_80", "sm_89", "sm_90", "sm_100"] {
+        let cache = tempfile::tempdir().unwrap();
+        let bytes = compile_cuda_kernels(architecture, cache.path()).expect("kernels that compile");
+        let file = fs::read(only_file(cache.path())).unwrap();
+        assert!(file.starts_with(b"\x7fELF") && bytes > 10_000, "{architecture}: {bytes} bytes");
+    }
+}
+
+#[test]
+fn a_gpu_that_nvrtc_does_not_know_is_named() {
+    let cache = tempfile::tempdir().unwrap();
+    let error = compile_cuda_kernels("sm_12345", cache.path()).unwrap_err().to_string();
+    assert!(error.contains("sm_12345"), "{error}");
+    assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_cache_saves_time_and_costs_no_trust() {
+    let cache = tempfile::tempdir().unwrap();
+    let folder = cache.path().join("not/there/yet");
+    // Ranks of one machine come at once.
+    let ranks: Vec<_> = (0..2)
+        .map(|_| {
+            let folder = folder.clone();
+            std::thread::spawn(move || compile_cuda_kernels("sm_90", &folder).unwrap())
+        })
+        .collect();
+    let bytes: Vec<usize> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+    assert!(bytes.iter().all(|&b| b == bytes[0]), "{bytes:?}");
+    let path = only_file(&folder);
+    let whole = fs::read(&path).unwrap();
+
+    // Found: the file is not written again.
+    let written = fs::metadata(&path).unwrap().modified().unwrap();
+    assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
+    assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
+
+    // Torn, changed: compiled again, and whole afterwards.
+    let mut changed = whole.clone();
+    changed[whole.len() / 2] ^= 1;
+    for bad in [&whole[..whole.len() / 2], &changed] {
+        fs::write(&path, bad).unwrap();
+        assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
+        assert_eq!(fs::read(only_file(&folder)).unwrap(), whole);
+    }
+
+    // A folder that cannot be: under a file.
+    assert_eq!(compile_cuda_kernels("sm_90", &path.join("folder")).unwrap(), bytes[0]);
+}
+
+fn compiler() -> Command {
+    Command::new(std::env::var_os("CXX").unwrap_or("c++".into()))
+}
+
+/// Compiles C++ `sources` of the repository, each with its flags, and links them to `program`.
+fn build(program: &Path, sources: &[(&str, &[&str])], flags: &[&str]) {
+    let object = |i: usize| program.with_extension(format!("{i}.o"));
+    let compile = |(i, (source, own)): (usize, &(&str, &[&str]))| {
+        compiler()
+            .args(["-std=c++17", "-c", concat!("-D_GLIBCXX_USE_CXX11_ABI=", env!("BBT_TORCH_ABI"))])
+            .args(["-isystem", env!("BBT_TORCH_INCLUDE"), "-I", env!("OUT_DIR")])
+            .args(flags)
+            .args(*own)
+            .arg("-o")
+            .arg(object(i))
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source))
+            .spawn()
+            .expect("a C++ compiler")
+    };
+    let compilers: Vec<Child> = sources.iter().enumerate().map(compile).collect();
+    for (mut compiler, (source, _)) in compilers.into_iter().zip(sources) {
+        assert!(compiler.wait().unwrap().success(), "{source} does not compile");
+    }
+    let lib = env!("BBT_TORCH_LIB");
+    let mut linker = compiler();
+    linker.args((0..sources.len()).map(object)).args(flags).arg("-o").arg(program);
+    if !flags.contains(&"-shared") {
+        linker.args([&format!("-L{lib}"), "-ltorch_cpu", "-lc10", "-ldl", "-pthread", &format!("-Wl,-rpath,{lib}")]);
+    }
+    assert!(linker.status().unwrap().success(), "{} does not link", program.display());
+}
+
+/// Runs `program`, which says what is wrong.
+fn run(program: &mut Command) {
+    let done = program.env("OMP_NUM_THREADS", "1").output().unwrap();
+    let (text, errors) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "{}\n{text}{errors}", done.status);
+    println!("{text}");
+}
+
+#[test]
+fn emulated_kernels_are_the_formulas() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("kernels");
+    // A misaligned pack, or an index beyond an array of the kernel, ends the program.
+    let checked = ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
+    let sources: [(&str, &[&str]); 3] = [
+        ("tests/cuda/emulation.cpp", &checked),
+        ("tests/cuda/run.cpp", &[]),
+        ("src/libtorch/shim/fused_cuda.cpp", &[]),
+    ];
+    build(&program, &sources, &[]);
+    run(&mut Command::new(program));
+}
+
+#[test]
+fn launches_are_what_a_driver_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    build(&folder.path().join("libcuda.so.1"), &[("tests/cuda/driver.cpp", &[])], &["-shared", "-fPIC"]);
+    let program = folder.path().join("launch");
+    let sources: [(&str, &[&str]); 3] = [
+        ("tests/cuda/launch.cpp", &[]),
+        ("src/libtorch/shim/cuda_launch.cpp", &[]),
+        ("src/libtorch/shim/nvrtc.cpp", &[]),
+    ];
+    build(&program, &sources, &[]);
+    let cache = folder.path().join("cache");
+    run(Command::new(program).env("LD_LIBRARY_PATH", folder.path()).env("XDG_CACHE_HOME", &cache));
+    // One file for each of the two GPUs.
+    assert_eq!(fs::read_dir(cache.join("bbt")).unwrap().count(), 2);
+}
