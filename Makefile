@@ -74,7 +74,7 @@ test: libtorch $(TEST_STAMP)
 # QUICK=1, DEVICE=cuda, SIZES=… and ONLY=… as benches/compare.py says.
 
 STEP_BENCH = $(CARGO) bench --locked --no-run --bench step --message-format json \
-  | $(PYTHON) -c 'import json, sys; print(*filter(None, (json.loads(line).get("executable") for line in sys.stdin)))'
+  | $(PYTHON) -c 'import json, sys; print(*(m["executable"] for m in map(json.loads, sys.stdin) if m.get("target", {}).get("name") == "step"))'
 
 bench: libtorch
 	step=$$($(STEP_BENCH)) && PYTHONPATH=.libtorch $(PYTHON) benches/compare.py "$$step" docs/bench.md

@@ -125,8 +125,7 @@ impl BitLinear {
         let run = |forward: fn([&Self; N], Input) -> [Tensor; N]| {
             // Of their own: the timing must leave no gradient behind.
             let own = layers.map(Self::detached);
-            let x = x.detach().set_requires_grad(shape.training);
-            let outputs = forward(std::array::from_fn(|i| &own[i]), input.of(&x));
+            let outputs = input.detached(shape.training, |input| forward(std::array::from_fn(|i| &own[i]), input));
             if shape.training {
                 outputs.iter().map(|y| y.sum(Kind::Float)).sum::<Tensor>().backward();
             }
@@ -190,6 +189,42 @@ mod tests {
     use crate::config::Precision;
     use crate::utils::device::autocast;
     use tch::{Device, Kind};
+
+    fn layer(vs: &nn::VarStore, name: &str, kernel: QuantKernel) -> BitLinear {
+        BitLinear::new(vs.root() / name, 256, 256, false, &QuantConfig { kernel, ..QuantConfig::default() })
+    }
+
+    #[test]
+    fn choosing_a_kernel_leaves_no_gradient_behind() {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let layer = layer(&vs, "a", QuantKernel::Auto);
+        let x = Tensor::randn([300, 256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let norm = Tensor::ones([256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let [y] = BitLinear::forward_each([&layer], Input::RmsNorm { x: &x, weight: &norm, eps: 1e-6 });
+        assert!([&x, &norm, &layer.weight].iter().all(|tensor| !tensor.grad().defined()));
+        y.sum(Kind::Float).backward();
+        assert!([&x, &norm, &layer.weight].iter().all(|tensor| tensor.grad().defined()));
+    }
+
+    #[test]
+    fn a_changed_weight_is_quantized_anew() {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let [fused, reference] =
+            [("a", QuantKernel::Fused), ("b", QuantKernel::Reference)].map(|(name, kernel)| layer(&vs, name, kernel));
+        let x = Tensor::randn([5, 256], (Kind::Float, Device::Cpu));
+        for _ in 0..3 {
+            tch::no_grad(|| {
+                let mut weight = fused.weight.shallow_clone();
+                weight.copy_(&Tensor::randn([256, 256], (Kind::Float, Device::Cpu)));
+                reference.weight.shallow_clone().copy_(&weight);
+            });
+            // A clone, as activation checkpointing makes them, has the same cache.
+            for layer in [&fused, &fused.shallow_clone()] {
+                let (y, expected) = (layer.forward(&x), reference.forward(&x));
+                assert!((&y - &expected).abs().max().double_value(&[]) < 1e-4 * expected.abs().max().double_value(&[]));
+            }
+        }
+    }
 
     #[test]
     fn quantizers_compute_in_fp32_under_any_autocast_dtype() {

@@ -34,12 +34,13 @@ impl Input<'_> {
         }
     }
 
-    /// The same of another tensor.
-    pub(super) fn of<'b>(&'b self, x: &'b Tensor) -> Input<'b> {
+    /// The same of copies without a past, and with gradients of their own if `training`.
+    pub(super) fn detached<T>(&self, training: bool, run: impl FnOnce(Input) -> T) -> T {
+        let own = |tensor: &Tensor| tensor.detach().set_requires_grad(training);
         match *self {
-            Self::Plain(_) => Input::Plain(x),
-            Self::RmsNorm { weight, eps, .. } => Input::RmsNorm { x, weight, eps },
-            Self::SwiGlu(_) => Input::SwiGlu(x),
+            Self::Plain(x) => run(Input::Plain(&own(x))),
+            Self::RmsNorm { x, weight, eps } => run(Input::RmsNorm { x: &own(x), weight: &own(weight), eps }),
+            Self::SwiGlu(x) => run(Input::SwiGlu(&own(x))),
         }
     }
 
