@@ -215,8 +215,9 @@ extern "C" char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor
       inputs.push_back(*weight[0]);
       ternary.push_back({*weight[1], *weight[2], weight[3] == nullptr ? at::Tensor() : *weight[3]});
     }
-    const auto results = bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
-                                                      clipped != 0, kDtypes[dtype]);
+    const auto results =
+        bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
+                                     clipped != 0, kDtypes[dtype]);
     for (size_t i = 0; i < n; ++i) outputs[i] = new at::Tensor(results[i]);
   });
 }
