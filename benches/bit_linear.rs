@@ -28,7 +28,7 @@ fn time(group: &mut BenchmarkGroup<WallTime>, name: &str, leaves: &[&Tensor], f:
     let gradients: Vec<_> = outputs.iter().map(|y| y.detach().ones_like()).collect();
     group.bench_function(format!("{name} forward+backward"), |bench| {
         bench.iter(|| {
-            // The outputs' gradients come for the price of a sum.
+            // Giving the outputs their gradients takes its time, too, the same for both.
             let sum: Tensor = f().iter().zip(&gradients).map(|(y, dy)| (y * dy).sum(Kind::Float)).sum();
             Tensor::run_backward(&[sum], leaves, false, false)
         });

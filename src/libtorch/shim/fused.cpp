@@ -11,6 +11,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <tuple>
+
 namespace bbt::fused {
 namespace {
 
@@ -38,9 +41,13 @@ struct BackwardScope {
 void save_isa(AutogradContext* ctx) { ctx->saved_data["isa"] = cpu_kernels_in_use(); }
 
 // [..., D] -> [N, D]
-Tensor flat(const Tensor& x) { return x.reshape({x.numel() / std::max<int64_t>(x.size(-1), 1), x.size(-1)}).contiguous(); }
+Tensor flat(const Tensor& x) {
+  return x.reshape({x.numel() / std::max<int64_t>(x.size(-1), 1), x.size(-1)}).contiguous();
+}
 
-Tensor joined(const variable_list& tensors, int64_t dim) { return tensors.size() == 1 ? tensors[0] : at::cat(tensors, dim); }
+Tensor joined(const variable_list& tensors, int64_t dim) {
+  return tensors.size() == 1 ? tensors[0] : at::cat(tensors, dim);
+}
 
 // What backward's products are computed in: the CPU's own of fp16 are slow, and bf16 would be less than fp16 promises.
 at::ScalarType product_dtype(const Tensor& dy) {
@@ -209,8 +216,9 @@ extern "C" char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor
       inputs.push_back(*weight[0]);
       ternary.push_back({*weight[1], *weight[2], weight[3] == nullptr ? at::Tensor() : *weight[3]});
     }
-    const auto results = bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
-                                                      clipped != 0, kDtypes[dtype]);
+    const auto results =
+        bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
+                                     clipped != 0, kDtypes[dtype]);
     for (size_t i = 0; i < n; ++i) outputs[i] = new at::Tensor(results[i]);
   });
 }

@@ -84,11 +84,13 @@ struct NewRows {
   Rows rows;
 };
 
+int64_t rows_per_task(int64_t width) { return std::max<int64_t>(kTaskElements / std::max<int64_t>(width, 1), 1); }
+
 // Runs `body(begin, end, scratch)` over `n` rows on libtorch's threads.
 template <typename Body>
 void over_rows(int64_t n, int64_t width, const Body& body) {
   const size_t bytes = row_kernels().scratch_floats(width) * sizeof(float);
-  at::parallel_for(0, n, std::max<int64_t>(kTaskElements / std::max<int64_t>(width, 1), 1), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, n, rows_per_task(width), [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(bytes);
     body(begin, end, static_cast<float*>(scratch.get()));
   });
@@ -117,7 +119,8 @@ TernaryWeight quantize_weight(const Tensor& w) {
   TernaryWeight result = {at::empty({out, in}, at::kChar), at::empty({}, at::kFloat), {}};
   int8_t* codes = result.codes.data_ptr<int8_t>();
   *result.gamma.data_ptr<float>() = gamma;
-  over_weights([&](int64_t, int64_t first, int64_t count) { kernels.ternary(data + first, count, gamma, codes + first); });
+  over_weights(
+      [&](int64_t, int64_t first, int64_t count) { kernels.ternary(data + first, count, gamma, codes + first); });
 
   result.packed = at::empty({int8_product::packed_bytes(out, in)}, at::kByte);
   uint8_t* packed = result.packed.data_ptr<uint8_t>();
@@ -224,8 +227,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse)
   const Tensor result = at::empty(x.sizes(), x.scalar_type());
   const rows::Heads view = {x.data_ptr(), element(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2)};
   const rows::Kernels& kernels = row_kernels();
-  const int64_t grain = std::max<int64_t>(kTaskElements / std::max<int64_t>(heads * dim, 1), 1);
-  at::parallel_for(0, x.size(0) * time, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, x.size(0) * time, rows_per_task(heads * dim), [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(kernels.scratch_floats(dim) * sizeof(float));
     kernels.rope(view, time, heads, dim, cos.data_ptr<float>(), sin.data_ptr<float>(), inverse ? -1.0f : 1.0f, begin,
                  end, result.data_ptr(), static_cast<float*>(scratch.get()));
@@ -237,7 +239,8 @@ std::pair<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targ
   const int64_t n = logits.size(0), classes = logits.size(1);
   const int64_t* target = targets.data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) {
-    TORCH_CHECK(target[i] >= 0 && target[i] < classes, "cross entropy: target ", target[i], " of ", classes, " classes");
+    const bool is_class = target[i] >= 0 && target[i] < classes;
+    TORCH_CHECK(is_class, "cross entropy: target ", target[i], " of ", classes, " classes");
   }
   const Tensor losses = new_floats({n}), log_sums = new_floats({n}), sum = new_floats({});
   const auto kernel = row_kernels().cross_entropy;

@@ -66,8 +66,8 @@ char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure
 // attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, 4 AVX-512 with bf16.
 char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor** out);
 
-// fused.cpp. `isa` is as above; other devices have no use for it. `*codes`, `*gamma`, `*packed`: new tensors; `*packed` may
-// stay nullptr.
+// fused.cpp. `isa` is as above; other devices have no use for it.
+// `*codes`, `*gamma`, `*packed`: new tensors; `*packed` may stay nullptr.
 char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, at::Tensor** gamma, at::Tensor** packed);
 // `prologue`: 0 none, 1 RMSNorm with `norm_weight` and `eps`, 2 SwiGLU. `weights` holds `n` weights, each of them as
 // the tensor that the gradient is of, its codes, its gamma, and packed or nullptr. `dtype`: 0 fp32, 1 bf16, 2 fp16.

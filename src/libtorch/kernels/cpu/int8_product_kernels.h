@@ -107,7 +107,8 @@ BBT_INLINE void block(const Problem& p, const int32_t* codes, const int32_t* sum
 #pragma GCC unroll 8
     for (int j = 0; j < kBlockVecs; ++j) {
       const int64_t left = p.out - first - j * kLanes;
-      if (left > 0) store_part<Dtype>(to + j * kLanes, __builtin_convertvector(acc[i][j] - sums[i], Vec) * factor, left);
+      const Vec exact = __builtin_convertvector(acc[i][j] - sums[i], Vec);
+      if (left > 0) store_part<Dtype>(to + j * kLanes, exact * factor, left);
     }
   }
 }
