@@ -4,7 +4,8 @@ use tch::Tensor;
 
 use super::{Error, ffi};
 
-/// Makes `grad` the gradient of `tensor`, of the same shape and dtype: backward then adds to it in place.
+/// Makes `grad` the gradient of `tensor`, of the same shape and dtype: backward then adds to it in place. An undefined
+/// one ([`Tensor::new`]) means none.
 ///
 /// # Errors
 /// libtorch's own, where they do not fit.

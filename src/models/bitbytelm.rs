@@ -45,7 +45,14 @@ impl BitByteLM {
             (vs / "tok_emb").var("weight", &[VOCAB_SIZE, config.d_model], nn::Init::Randn { mean: 0.0, stdev });
         let blocks = (0..config.n_layer).map(|i| Block::new(vs / "blocks" / i, config, quant)).collect();
         let norm_f = RmsNorm::new(vs / "norm_f", config.d_model, RMS_EPS);
-        Self { tok_emb, blocks, norm_f, config: config.clone(), checkpointing: false, fused: quant.kernel != QuantKernel::Reference }
+        Self {
+            tok_emb,
+            blocks,
+            norm_f,
+            config: config.clone(),
+            checkpointing: false,
+            fused: quant.kernel != QuantKernel::Reference,
+        }
     }
 
     /// Whether training recomputes each half of a block in backward instead of keeping its activations.

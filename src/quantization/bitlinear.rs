@@ -120,8 +120,15 @@ impl BitLinear {
         let [inputs, width] = [layers[0].weight.size()[1], x.size().last().copied().unwrap_or(1)];
         let outputs = layers.iter().map(|layer| layer.weight.size()[0]).sum();
         let tokens = x.numel() as i64 / width.max(1);
-        let shape =
-            Shape::new(x.device(), output_kind(x), input.number(), tokens, inputs, outputs, libtorch::is_grad_enabled());
+        let shape = Shape::new(
+            x.device(),
+            output_kind(x),
+            input.number(),
+            tokens,
+            inputs,
+            outputs,
+            libtorch::is_grad_enabled(),
+        );
         let run = |forward: fn([&Self; N], Input) -> [Tensor; N]| {
             // Of their own: the timing must leave no gradient behind.
             let own = layers.map(Self::detached);

@@ -476,7 +476,7 @@ impl Trainer {
         let accumulate = self.config.train.grad_accum;
         match &mut self.parallel {
             Some(parallel) => parallel.zero_grad(&mut self.optimizer),
-            None => self.optimizer.zero_grad(),
+            None => self.optimizer.drop_grad()?,
         }
         let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
         let mut bytes = 0;

@@ -78,10 +78,18 @@ impl AdamW {
         )
     }
 
-    /// Sets all gradients to zero.
+    /// Drops all gradients: backward then leaves its own, and need not add to zeros (PyTorch's `set_to_none`).
+    ///
+    /// # Errors
+    /// libtorch's own.
+    pub fn drop_grad(&mut self) -> Result<(), Error> {
+        self.params.iter().try_for_each(|param| libtorch::set_grad(param, &Tensor::new()))
+    }
+
+    /// Sets all gradients to zero, where they lie: for a reducer, whose buckets they are views of.
     pub fn zero_grad(&mut self) {
         let _no_grad = tch::no_grad_guard();
-        // Not tch's zero_grad, which detaches in place: gradients may be views of a reducer's buckets.
+        // Not tch's zero_grad, which detaches in place: views cannot be.
         for mut grad in self.params.iter().map(Tensor::grad).filter(Tensor::defined) {
             let _ = grad.zero_();
         }
@@ -209,7 +217,8 @@ mod tests {
         let mut optimizer = AdamW::new(vec![p.shallow_clone()], &config);
         let (go, skip) = (Tensor::zeros([], CPU), Tensor::ones([], CPU));
         for (g, found_inf) in [(0.3, &go), (5.0, &skip), (-0.2, &go), (0.1, &go)] {
-            optimizer.zero_grad();
+            optimizer.drop_grad().unwrap();
+            assert!(!optimizer.gradients()[0].defined());
             set_gradient(&p, g);
             optimizer.step(&optimizer.gradients(), 1e-2, found_inf).unwrap();
         }

@@ -17,7 +17,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 
-row() { printf '%-34s %-28s %s\n' "$1" "$2" "$3"; }
+row() { printf '%-44s %-28s %s\n' "$1" "$2" "$3"; }
 check() { # name, what was seen, condition for python
   if python3 -c "import sys; sys.exit(not ($3))"; then row "$1" "$2" ok; else row "$1" "$2" FAILED; failed=1; fi
 }
@@ -39,6 +39,15 @@ for precision in fp32 bf16 fp16; do
   # Rounding to int8 and ternary makes small differences grow.
   case $precision in fp32) bound=0.01 ;; *) bound=0.15 ;; esac
   check "20 steps $precision against the CPU" "largest difference $worst" "$worst < $bound"
+done
+
+for precision in fp32 bf16 fp16; do
+  for kernel in reference fused; do
+    train "$work/$kernel-$precision" "$device" "$precision" --set quant.kernel=$kernel
+  done
+  worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/reference-$precision"), $(losses "$work/fused-$precision"))))")
+  case $precision in fp32) bound=0.01 ;; *) bound=0.15 ;; esac
+  check "fused kernels $precision against libtorch's" "largest difference $worst" "$worst < $bound"
 done
 
 train "$work/checkpointed" "$device" fp32 --set train.checkpointing=true
@@ -66,9 +75,11 @@ for zero in 0 1; do
   check "one rank, ddp.zero_stage $zero" "largest difference $worst" "$worst < 0.01"
 done
 
-for on in true false; do
-  "$bbt" train --data "$text" --out "$work/m$on" --device "$device" --n_layer 12 --d_model 512 --n_head 8 --d_ff 1408 \
-    --seq_len 2048 --batch_size 4 --steps 6 --log_every 1 --set train.checkpointing=$on 2>/dev/null
-  row "12 x 512, 2048, checkpointing $on" "$(last "$work/m$on" peak_memory_bytes) bytes" "$(last "$work/m$on" bytes_per_second) bytes/s"
+for kernel in reference fused; do
+  for on in true false; do
+    "$bbt" train --data "$text" --out "$work/m$kernel$on" --device "$device" --n_layer 12 --d_model 512 --n_head 8 --d_ff 1408 \
+      --seq_len 2048 --batch_size 4 --steps 12 --log_every 6 --set quant.kernel=$kernel --set train.checkpointing=$on 2>/dev/null
+    row "12 x 512, 2048, $kernel, checkpointing $on" "$(last "$work/m$kernel$on" peak_memory_bytes) bytes" "$(last "$work/m$kernel$on" bytes_per_second) bytes/s"
+  done
 done
 exit $failed
