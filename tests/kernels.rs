@@ -40,6 +40,8 @@ fn config(dir: &std::path::Path, kernel: QuantKernel, precision: Precision) -> C
 
 fn losses(config: Config, start: Start) -> Vec<f64> {
     RunDir::new(&config.train.out).ensure().unwrap();
+    // Small products, and another test beside: threads would only wait for each other.
+    tch::set_num_threads(1);
     let mut losses = Losses::default();
     Trainer::new(config, start).unwrap().train(&mut losses, &AtomicBool::new(false)).unwrap();
     losses.0

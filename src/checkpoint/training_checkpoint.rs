@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{CheckpointError, Dtype, Storage, TensorData, Value, safetensors_file, torch_file};
-use crate::config::{ActQuant, Attention, Config, ModelConfig, QuantConfig, Schedule, VOCAB_SIZE};
+use crate::config::{ActQuant, Attention, Config, ModelConfig, QuantConfig, QuantKernel, Schedule, VOCAB_SIZE};
 use crate::data::Position;
 use crate::libtorch::cpu_bytes;
 use crate::models::BitByteLM;
@@ -543,7 +543,8 @@ fn model_of_args(args: Option<&Value>) -> Result<(ModelConfig, QuantConfig), Str
     };
     let full_precision = args.get("no_act_quant").and_then(Value::as_bool).unwrap_or(false);
     let act = if full_precision { ActQuant::None } else { ActQuant::Int8 };
-    Ok((model, QuantConfig { act, ..QuantConfig::default() }))
+    // Its arithmetic, to the last code; training goes on with what the run's configuration says.
+    Ok((model, QuantConfig { act, kernel: QuantKernel::Reference, ..QuantConfig::default() }))
 }
 
 fn scaler_value(state: ScalerState) -> Value {

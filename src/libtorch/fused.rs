@@ -776,12 +776,11 @@ mod tests {
                     assert_eq!((loss.kind(), grad.kind()), (Kind::Float, kind));
                     let absolute = (loss.to_kind(Kind::Double) - &expected[0]).abs().double_value(&[]);
                     assert!(absolute < 1e-5, "{kernels:?} {size:?} {classes} {kind:?}: {absolute}");
-                    if classes > 1 {
-                        let error = error(&grad, &expected[1]);
-                        assert!(error < tolerance(kind), "{kernels:?} {size:?} {classes} {kind:?}: {error}");
-                    } else {
-                        assert!(grad.abs().max().double_value(&[]) < 1e-6);
-                    }
+                    // Of probabilities that are up to 1, divided by the rows: where one class has nearly all, what is
+                    // left of the difference is small.
+                    let unit = 3.0 / size.iter().product::<i64>() as f64;
+                    let error = (grad.to_kind(Kind::Double) - &expected[1]).abs().max().double_value(&[]) / unit;
+                    assert!(error < tolerance(kind), "{kernels:?} {size:?} {classes} {kind:?}: {error}");
                 }
             }
         }
