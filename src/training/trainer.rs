@@ -20,7 +20,7 @@ use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
 use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
-use crate::config::{Config, ConfigError, Precision, TrainConfig};
+use crate::config::{ActQuant, Config, ConfigError, Precision, QuantKernel, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, HostCopy, cuda_memory, foreach_norm, host_memory};
 use crate::models::BitByteLM;
@@ -389,7 +389,9 @@ impl Trainer {
 
         let mut saved = None;
         let mut since = Lap::start(&loader);
-        let mut stop = interrupt.load(Ordering::SeqCst) && self.parallel.is_none();
+        // Ranks agree on it in a step instead.
+        let interrupted = |trainer: &Self| interrupt.load(Ordering::SeqCst) && trainer.parallel.is_none();
+        let mut stop = interrupted(self);
         let mut pending = VecDeque::new();
         while self.progress.completed < end && !stop {
             let step = self.progress.completed;
@@ -405,7 +407,7 @@ impl Trainer {
             let save_due = save_every > 0 && completed.is_multiple_of(save_every);
             // What is written down must be known.
             let known = log_due(step) || eval_due || save_due || completed == end;
-            stop |= interrupt.load(Ordering::SeqCst) && self.parallel.is_none();
+            stop |= interrupted(self);
             while pending.len() > if known || stop { 0 } else { self.lag } {
                 let Some(begun) = pending.pop_front() else { break };
                 let (step, done) = (begun.step, self.settle(&begun)?);
@@ -454,6 +456,8 @@ impl Trainer {
             if !since.running {
                 since = Lap::start(&loader);
             }
+            // Where a step is still under way, another one is needed to see its end.
+            stop |= pending.is_empty() && interrupted(self);
         }
         if saved != Some(self.progress.completed) {
             self.save(false)?;
@@ -716,23 +720,27 @@ fn open(spec: &str, key: &'static str) -> Result<Arc<dyn ByteDataset>, TrainErro
 /// Bytes that training takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryNeed {
-    /// Weights, gradients and AdamW's two moments: 16 bytes a parameter.
+    /// Weights, gradients and AdamW's two moments: 16 bytes a parameter, and 2 for the quantized weight.
     pub state: u64,
     /// Activations of one micro-batch at the longest sequence, roughly.
     pub activations: u64,
 }
 
 /// What training `config` takes, in bytes. Activations are estimated from the tensors that autograd
-/// keeps: per layer and token, in values of 4 bytes, 2 d with checkpointing (the inputs of both halves),
-/// else about 20 d + 8 d_ff; one half of a block is always live, and the logits three times.
+/// keeps: per layer and token, in values of 4 bytes, 2 d with checkpointing (the inputs of both halves), else about
+/// 9 d + 3 d_ff under fused kernels and 20 d + 8 d_ff under libtorch's; one half of a block is always live, and the
+/// logits three times.
 pub fn memory_need(config: &Config) -> MemoryNeed {
     let m = &config.model;
     let tokens = config.train.batch_size.saturating_mul(config.data.max_seq_len());
-    let layer = 20 * m.d_model + 8 * m.d_ff;
+    let fused = config.quant.kernel != QuantKernel::Reference && config.quant.act == ActQuant::Int8;
+    let (d, d_ff) = if fused { (9, 3) } else { (20, 8) };
+    let layer = d * m.d_model + d_ff * m.d_ff;
     let kept = if config.train.checkpointing { 2 * m.d_model } else { layer };
     let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;
     MemoryNeed {
-        state: 16u64.saturating_mul(m.parameters() as u64),
+        // Fused kernels keep each weight quantized, in two orders.
+        state: if fused { 18u64 } else { 16 }.saturating_mul(m.parameters() as u64),
         activations: 4u64.saturating_mul(tokens.saturating_mul(values) as u64),
     }
 }
