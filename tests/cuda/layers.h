@@ -42,14 +42,14 @@ void test_layer(const Layer& layer) {
   std::vector<Tensor*> given;
   for (size_t i = 0; i < layer.weights; ++i) {
     const int64_t out = 16 + 9 * static_cast<int64_t>(i);
-    // The first weight's gradient alone may be wanted.
+    // The second one is frozen.
     weights.push_back(at::randn({out, in}).set_requires_grad(layer.weight_grad && i != 1));
     ternary.push_back(kCuda.quantize_weight(weights[i].detach()));
     dys.push_back(at::randn({time, layer.batch, out}).to(layer.dtype).transpose(0, 1));
   }
   for (size_t i = 0; i < layer.weights; ++i) {
-    Tensor& packed = ternary[i].packed;
-    given.insert(given.end(), {&weights[i], &ternary[i].codes, &ternary[i].gamma, packed.defined() ? &packed : nullptr});
+    TernaryWeight& own = ternary[i];
+    given.insert(given.end(), {&weights[i], &own.codes, &own.gamma, own.packed.defined() ? &own.packed : nullptr});
   }
   std::vector<Tensor*> made(layer.weights);
   const int dtype = layer.dtype == at::kFloat ? 0 : layer.dtype == at::kBFloat16 ? 1 : 2;

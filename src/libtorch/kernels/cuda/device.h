@@ -95,8 +95,8 @@ bool packed(long long d, Pointer... first) {
   return d % N == 0 && ((reinterpret_cast<unsigned long long>(first) % 16 == 0) && ...);
 }
 
-// body(i, Width<N>()) for every N values of 0 .. d, Packs or 1, that are the work of thread `index` of `count`: the same
-// ones at each call.
+// body(i, Width<N>()) for every N values of 0 .. d, Packs or 1, that are the work of thread `index` of `count`: the
+// same ones at each call.
 template <int Packs = kPack, typename Body>
 void each(bool packed, long long d, long long index, long long count, const Body& body) {
   if (packed) {
