@@ -14,15 +14,29 @@ fn only_file(folder: &Path) -> PathBuf {
     files.into_iter().next().unwrap()
 }
 
+/// That `file` is the machine code of kernels.
+fn is_machine_code(file: &Path) -> bool {
+    let code = fs::read(file).unwrap();
+    code.starts_with(b"\x7fELF") && code.len() > 10_000
+}
+
 // As `this_build_has_nccl` in distributed.rs: the tests want the libtorch with CUDA that `make libtorch` installs.
+// `launches_are_what_a_driver_takes` compiles for sm_80 and sm_90. Two at once, as ranks of one machine come.
 #[test]
 fn kernels_compile() {
-    for architecture in ["sm_80", "sm_89", "sm_90", "sm_100"] {
+    let compile = |architecture: &str| {
         let cache = tempfile::tempdir().unwrap();
         let bytes = compile_cuda_kernels(architecture, cache.path()).expect("kernels that compile");
-        let file = fs::read(only_file(cache.path())).unwrap();
-        assert!(file.starts_with(b"\x7fELF") && bytes > 10_000, "{architecture}: {bytes} bytes");
-    }
+        let file = only_file(cache.path());
+        // The code and its hash.
+        assert_eq!(fs::metadata(&file).unwrap().len(), bytes as u64 + 16, "{architecture}");
+        assert!(is_machine_code(&file), "{architecture}: {bytes} bytes");
+    };
+    std::thread::scope(|scope| {
+        for architecture in ["sm_89", "sm_100"] {
+            scope.spawn(move || compile(architecture));
+        }
+    });
 }
 
 #[test]
@@ -31,40 +45,6 @@ fn a_gpu_that_nvrtc_does_not_know_is_named() {
     let error = compile_cuda_kernels("sm_12345", cache.path()).unwrap_err().to_string();
     assert!(error.contains("sm_12345"), "{error}");
     assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
-}
-
-#[test]
-fn the_cache_saves_time_and_costs_no_trust() {
-    let cache = tempfile::tempdir().unwrap();
-    let folder = cache.path().join("not/there/yet");
-    // Ranks of one machine come at once.
-    let ranks: Vec<_> = (0..2)
-        .map(|_| {
-            let folder = folder.clone();
-            std::thread::spawn(move || compile_cuda_kernels("sm_90", &folder).unwrap())
-        })
-        .collect();
-    let bytes: Vec<usize> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
-    assert!(bytes.iter().all(|&b| b == bytes[0]), "{bytes:?}");
-    let path = only_file(&folder);
-    let whole = fs::read(&path).unwrap();
-
-    // Found: the file is not written again.
-    let written = fs::metadata(&path).unwrap().modified().unwrap();
-    assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
-    assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
-
-    // Torn, changed: compiled again, and whole afterwards.
-    let mut changed = whole.clone();
-    changed[whole.len() / 2] ^= 1;
-    for bad in [&whole[..whole.len() / 2], &changed] {
-        fs::write(&path, bad).unwrap();
-        assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
-        assert_eq!(fs::read(only_file(&folder)).unwrap(), whole);
-    }
-
-    // A folder that cannot be: under a file.
-    assert_eq!(compile_cuda_kernels("sm_90", &path.join("folder")).unwrap(), bytes[0]);
 }
 
 fn compiler() -> Command {
@@ -77,7 +57,8 @@ fn build(program: &Path, sources: &[(&str, &[&str])], flags: &[&str]) {
     let compile = |(i, (source, own)): (usize, &(&str, &[&str]))| {
         compiler()
             .args(["-std=c++17", "-c", concat!("-D_GLIBCXX_USE_CXX11_ABI=", env!("BBT_TORCH_ABI"))])
-            .args(["-isystem", env!("BBT_TORCH_INCLUDE"), "-I", env!("OUT_DIR")])
+            .args(["-isystem", env!("BBT_TORCH_INCLUDE")])
+            .args(["-isystem", concat!(env!("BBT_TORCH_INCLUDE"), "/torch/csrc/api/include"), "-I", env!("OUT_DIR")])
             .args(flags)
             .args(*own)
             .arg("-o")
@@ -113,11 +94,7 @@ fn emulated_kernels_are_the_formulas() {
     let program = folder.path().join("kernels");
     // A misaligned pack, or an index beyond an array of the kernel, ends the program.
     let checked = ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
-    let sources: [(&str, &[&str]); 3] = [
-        ("tests/cuda/emulation.cpp", &checked),
-        ("tests/cuda/run.cpp", &[]),
-        ("src/libtorch/shim/fused_cuda.cpp", &[]),
-    ];
+    let sources: [(&str, &[&str]); 2] = [("tests/cuda/emulation.cpp", &checked), ("tests/cuda/run.cpp", &[])];
     build(&program, &sources, &[]);
     run(&mut Command::new(program));
 }
@@ -136,5 +113,75 @@ fn launches_are_what_a_driver_takes() {
     let cache = folder.path().join("cache");
     run(Command::new(program).env("LD_LIBRARY_PATH", folder.path()).env("XDG_CACHE_HOME", &cache));
     // One file for each of the two GPUs.
-    assert_eq!(fs::read_dir(cache.join("bbt")).unwrap().count(), 2);
+    let mut files: Vec<PathBuf> = fs::read_dir(cache.join("bbt")).unwrap().map(|f| f.unwrap().path()).collect();
+    files.sort();
+    assert_eq!(files.len(), 2, "{files:?}");
+    for (file, architecture) in files.iter().zip(["sm_80", "sm_90"]) {
+        assert!(file.to_str().unwrap().contains(architecture) && is_machine_code(file), "{files:?}");
+    }
+}
+
+/// The file in which the NVRTC of `cuda/nvrtc.cpp` counts.
+const COUNT: &str = "FAKE_NVRTC_COUNT";
+
+// With an NVRTC that counts, in a process of its own: the real one takes seconds each time.
+#[test]
+fn the_cache_saves_time_and_costs_no_trust() {
+    let folder = tempfile::tempdir().unwrap();
+    build(&folder.path().join("libnvrtc.so.13"), &[("tests/cuda/nvrtc.cpp", &[])], &["-shared", "-fPIC"]);
+    let mut test = Command::new(std::env::current_exe().unwrap());
+    test.args(["--ignored", "--exact", "with_an_nvrtc_that_counts"]);
+    run(test.env("LD_LIBRARY_PATH", folder.path()).env(COUNT, folder.path().join("count")));
+    assert!(compiled(&folder.path().join("count")) > 0, "the test in the other process ran");
+}
+
+/// How often NVRTC compiled.
+fn compiled(count: &Path) -> u64 {
+    fs::metadata(count).map_or(0, |file| file.len())
+}
+
+#[test]
+#[ignore = "a part of the_cache_saves_time_and_costs_no_trust, which runs it with another NVRTC"]
+fn with_an_nvrtc_that_counts() {
+    let Some(count) = std::env::var_os(COUNT).map(PathBuf::from) else { return };
+    let cache = tempfile::tempdir().unwrap();
+    let folder = cache.path().join("not/there/yet");
+    // Ranks of one machine come at once.
+    let ranks: Vec<_> = (0..8)
+        .map(|_| {
+            let folder = folder.clone();
+            std::thread::spawn(move || compile_cuda_kernels("sm_90", &folder).unwrap())
+        })
+        .collect();
+    let bytes: Vec<usize> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+    assert!(bytes.iter().all(|&b| b == bytes[0]), "{bytes:?}");
+    let path = only_file(&folder);
+    let whole = fs::read(&path).unwrap();
+    let mut before = compiled(&count);
+    assert!((1..=8).contains(&before), "{before} times compiled");
+
+    // Found: neither compiled nor written again.
+    let written = fs::metadata(&path).unwrap().modified().unwrap();
+    assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
+    assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
+    assert_eq!(compiled(&count), before);
+
+    // Torn, changed: compiled again, and whole afterwards.
+    let mut changed = whole.clone();
+    changed[whole.len() / 2] ^= 1;
+    for bad in [&whole[..0], &whole[..7], &whole[..whole.len() / 2], &changed] {
+        fs::write(&path, bad).unwrap();
+        assert_eq!(compile_cuda_kernels("sm_90", &folder).unwrap(), bytes[0]);
+        assert_eq!(fs::read(only_file(&folder)).unwrap(), whole);
+        before += 1;
+        assert_eq!(compiled(&count), before);
+    }
+
+    // Another GPU's kernels are other ones.
+    compile_cuda_kernels("sm_80", &folder).unwrap();
+    assert_eq!((fs::read_dir(&folder).unwrap().count(), compiled(&count)), (2, before + 1));
+
+    // A folder that cannot be: under a file.
+    assert_eq!(compile_cuda_kernels("sm_90", &path.join("folder")).unwrap(), bytes[0]);
+    assert_eq!(compiled(&count), before + 2);
 }

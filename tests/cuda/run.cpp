@@ -1,13 +1,20 @@
-// fused_cuda.cpp and its kernels, in emulation, against libtorch's operators: in fp64 where values are rounded anyhow,
-// bit for bit where they are not. Prints what is wrong; the exit status says whether anything is.
-#include "../../src/libtorch/shim/fused.h"
-
+// fused_cuda.cpp and its kernels, in emulation, and fused.cpp's layers of them, against libtorch's operators: in fp64
+// where values are rounded anyhow, bit for bit where they are not. Prints what is wrong; the exit
+// status says whether anything is.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+
+// One translation unit: libtorch's headers are most of what the compiler reads. The emulation's tensors are the CPU's,
+// for which fused.cpp is to take the table of CUDA.
+#define kCpu kCuda
+#include "../../src/libtorch/shim/fused.cpp"
+#undef kCpu
+#include "../../src/libtorch/shim/fused_cuda.cpp"
 
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,11 +26,6 @@ using bbt::fused::Rows;
 using bbt::fused::TernaryWeight;
 
 const at::ScalarType kDtypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
-
-// Of two dtypes, whether kernels take them together.
-bool together(at::ScalarType a, at::ScalarType b) {
-  return a == b || a == at::kFloat || b == at::kFloat;
-}
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -144,7 +146,6 @@ void test_rms_norm() {
       const auto normed = exact(x) * exact_rstd.unsqueeze(-1);
       quantized(rows, normed * exact(weight), what);
       for (const auto dy_dtype : kDtypes) {
-        if (!together(dy_dtype, dtype)) continue;
         const auto dy = random({n, d}, dy_dtype, aligned);
         const auto [dx, dweight] = kCuda.rms_norm_backward(dy, x, weight, rstd);
         const auto g = exact(dy) * exact(weight);
@@ -178,7 +179,6 @@ void test_swiglu() {
       const auto gate = exact(gate_up).narrow(1, 0, d), up = exact(gate_up).narrow(1, d, d);
       quantized(kCuda.swiglu_quantize(gate_up), at::silu(gate) * up, what);
       for (const auto dy_dtype : kDtypes) {
-        if (!together(dy_dtype, dtype)) continue;
         const auto dy = random({n, d}, dy_dtype, aligned);
         const auto s = gate.sigmoid();
         const auto dgate = exact(dy) * up * s * (1 + gate * (1 - s)), dup = exact(dy) * gate * s;
@@ -195,7 +195,7 @@ void test_swiglu() {
 }
 
 void test_ternary() {
-  for (const auto& [out, in] : {std::pair<int64_t, int64_t>{1, 1}, {16, 32}, {3, 7}, {40, 24}, {96, 130}, {64, 1000}}) {
+  for (const auto& [out, in] : {std::pair<int64_t, int64_t>{1, 1}, {16, 32}, {3, 7}, {40, 24}, {96, 130}, {10, 1000}}) {
     for (const bool aligned : {true, false}) {
       const auto w = random({out, in}, at::kFloat, aligned);
       const auto what = text("ternary ", out, " x ", in);
@@ -236,13 +236,24 @@ void test_product() {
 void test_scale_rows() {
   for (const auto from : kDtypes) {
     for (const auto to : kDtypes) {
-      if (!together(from, to)) continue;
       for (const auto& [n, d, aligned] : shapes()) {
         const auto dy = random({n, d}, from, aligned);
         const auto scales = at::rand({n});
         const auto expected = (dy.to(at::kFloat) * scales.unsqueeze(-1)).to(to);
         same(kCuda.scale_rows(dy, scales, to), expected, text("scale_rows ", from, " ", to, " ", n, " x ", d));
       }
+    }
+  }
+  // Codes, of which the first or the middle one of a row begins a pack, or none does.
+  for (const auto to : kDtypes) {
+    for (const auto& [n, d, aligned] : shapes()) {
+      const auto codes = at::randint(-127, 128, {n * d + 1}, at::kChar).narrow(0, aligned ? 0 : 1, n * d).view({n, d});
+      const auto scales = at::randn({n}).exp();
+      if (n > 2) scales[1] = kNaN;
+      const auto expected = (codes.to(at::kFloat) * scales.unsqueeze(-1)).to(to);
+      const auto y = kCuda.scale_rows(codes, scales, to);
+      const bool equal = y.sizes() == codes.sizes() && at::allclose(exact(y), exact(expected), 0, 0, true);
+      expect(equal && y.scalar_type() == to, text("scale_rows int8 ", to, " ", n, " x ", d));
     }
   }
   // Values that bf16 and fp16 round in their own ways.
@@ -263,7 +274,8 @@ void test_rope() {
           at::randn({b, t, heads, d}).to(dtype), at::randn({b, heads, t, d}).to(dtype).transpose(1, 2),
           at::randn({b, t, heads + 2, d}).to(dtype).narrow(2, 1, heads),
           at::randn({b, t, heads, d + 3}).to(dtype).narrow(3, 0, d),
-          at::randn({b, t, heads, d + 8}).to(dtype).narrow(3, 1, d), at::randn({0, t, heads, d}).to(dtype)};
+          at::randn({b, t, heads, d + 8}).to(dtype).narrow(3, 1, d), at::randn({0, t, heads, d}).to(dtype),
+          at::zeros({}).to(dtype).expand({0, t, heads, d})};
       for (const auto& x : inputs) {
         for (const bool inverse : {false, true}) {
           const auto y = kCuda.rope(x, cos, sin, inverse);
@@ -325,7 +337,8 @@ void test_refusals() {
   const auto x = at::randn({4, 16}), weight = at::randn({16});
   Tensor rstd;
   refused("fp64", [&] { kCuda.quantize(x.to(at::kDouble)); });
-  refused("fp16 with bf16", [&] { kCuda.scale_rows(x.to(at::kHalf), at::ones({4}), at::kBFloat16); });
+  refused("int8 to quantize", [&] { kCuda.quantize(x.to(at::kChar)); });
+  refused("int64 to scale", [&] { kCuda.scale_rows(x.to(at::kLong), at::ones({4}), at::kFloat); });
   refused("a transposed x", [&] { kCuda.quantize(x.t()); });
   refused("a vector", [&] { kCuda.quantize(weight); });
   refused("another weight", [&] { kCuda.rms_norm_quantize(x, at::randn({17}), 1e-5, rstd); });
@@ -341,6 +354,8 @@ void test_refusals() {
 
 }  // namespace
 
+#include "layers.h"
+
 int main() {
   auto generator = at::detail::getDefaultCPUGenerator();
   const uint64_t seed = generator.seed();
@@ -353,6 +368,9 @@ int main() {
   test_rope();
   test_cross_entropy();
   test_refusals();
+  test_layers();
+  test_rope_layer();
+  test_cross_entropy_layer();
   std::printf("%d of %d checks failed, seed %llu\n", failures, checks, static_cast<unsigned long long>(seed));
   return failures == 0 ? 0 : 1;
 }

@@ -37,8 +37,6 @@ std::string ending(at::ScalarType dtype) {
 }
 
 std::string ending(at::ScalarType first, at::ScalarType second) {
-  TORCH_CHECK(first == second || first == at::kFloat || second == at::kFloat, "no fused kernel takes ", first, " with ",
-              second);
   return ending(first) + ending(second);
 }
 
@@ -178,18 +176,20 @@ at::Tensor product(const Rows& x, const TernaryWeight& w, at::ScalarType dtype) 
   return y;
 }
 
-at::Tensor scale_rows(const at::Tensor& dy, const at::Tensor& scales, at::ScalarType dtype) {
-  const auto [n, d] = rows("dy", dy);
-  check("scales", scales, dy.device(), {n}, at::kFloat);
-  const auto y = at::empty({n, d}, dy.options().dtype(dtype));
-  const cuda::ScaleRows arguments = {dy.data_ptr(), scales.data_ptr<float>(), y.data_ptr(), d};
-  cuda::launch(dy.device(), "scale_rows" + ending(dy.scalar_type(), dtype), n, cuda::row_threads(d), &arguments);
+at::Tensor scale_rows(const at::Tensor& x, const at::Tensor& scales, at::ScalarType dtype) {
+  const auto [n, d] = rows("x", x);
+  check("scales", scales, x.device(), {n}, at::kFloat);
+  const auto y = at::empty({n, d}, x.options().dtype(dtype));
+  const cuda::ScaleRows arguments = {x.data_ptr(), scales.data_ptr<float>(), y.data_ptr(), d};
+  const bool coded = x.scalar_type() == at::kChar;
+  const auto name = "scale_rows" + (coded ? "_int8" : ending(x.scalar_type())) + ending(dtype);
+  cuda::launch(x.device(), name, n, cuda::row_threads(d, coded ? cuda::kCodePack : cuda::kPack), &arguments);
   return y;
 }
 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
   TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, "x is ", x.sizes(), ", not [B, T, H, D] with an even D");
-  TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 0, "x's strides are ", x.strides(), ": the last is not 1");
+  TORCH_CHECK(x.stride(3) == 1 || x.numel() == 0, "x's strides are ", x.strides(), ": the last is not 1");
   const int64_t length = x.size(1), heads = x.size(2), half = x.size(3) / 2;
   check("cos", cos, x.device(), {length, half}, at::kFloat);
   check("sin", sin, x.device(), {length, half}, at::kFloat);

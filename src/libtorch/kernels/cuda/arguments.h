@@ -11,9 +11,12 @@ namespace bbt::cuda {
 constexpr int kPack = 8;
 constexpr int kMaxThreads = 512;
 
+// Of int8.
+constexpr int kCodePack = 16;
+
 // Threads for a row of `d` values: whole warps, one pack each where that is not too many.
-constexpr int row_threads(long long d) {
-  const long long threads = (d + 32 * kPack - 1) / (32 * kPack) * 32;
+constexpr int row_threads(long long d, int pack = kPack) {
+  const long long threads = (d + 32 * pack - 1) / (32 * pack) * 32;
   return static_cast<int>(threads < 32 ? 32 : threads > kMaxThreads ? kMaxThreads : threads);
 }
 
@@ -100,7 +103,7 @@ struct Rescale {
 
 // A block per row.
 struct ScaleRows {
-  const void* dy;       // [n, d]
+  const void* x;        // [n, d]
   const float* scales;  // [n]
   void* y;              // [n, d]
   long long d;

@@ -37,6 +37,10 @@ inline float to_float(int x) {
   return static_cast<float>(x);
 }
 
+inline float to_float(signed char x) {
+  return static_cast<float>(x);
+}
+
 inline float to_float(Half x) {
   return half_to_float(x.bits);
 }
@@ -85,27 +89,27 @@ struct Width {
   static constexpr int value = N;
 };
 
-// Whether rows of `d` values, of which each pointer is the first, may be read in packs.
-template <typename... Pointer>
+// Whether rows of `d` values, of which each pointer is the first, may be read in packs of N.
+template <int N = kPack, typename... Pointer>
 bool packed(long long d, Pointer... first) {
-  return d % kPack == 0 && ((reinterpret_cast<unsigned long long>(first) % 16 == 0) && ...);
+  return d % N == 0 && ((reinterpret_cast<unsigned long long>(first) % 16 == 0) && ...);
 }
 
-// body(i, Width<N>()) for every N values of 0 .. d that are the work of thread `index` of `count`: the same ones at
-// each call.
-template <typename Body>
+// body(i, Width<N>()) for every N values of 0 .. d, Packs or 1, that are the work of thread `index` of `count`: the
+// same ones at each call.
+template <int Packs = kPack, typename Body>
 void each(bool packed, long long d, long long index, long long count, const Body& body) {
   if (packed) {
-    for (long long i = index * kPack; i < d; i += count * kPack) body(i, Width<kPack>());
+    for (long long i = index * Packs; i < d; i += count * Packs) body(i, Width<Packs>());
   } else {
     for (long long i = index; i < d; i += count) body(i, Width<1>());
   }
 }
 
 // Those of this thread in its block.
-template <typename Body>
+template <int Packs = kPack, typename Body>
 void each(bool packed, long long d, const Body& body) {
-  each(packed, d, threadIdx.x, blockDim.x, body);
+  each<Packs>(packed, d, threadIdx.x, blockDim.x, body);
 }
 
 // --- over a block -----------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ float over_block(float value, Op op) {
 
 }  // namespace bbt::cuda
 
-// A kernel by its name, and for each dtype, or for each two that a model has: NAME_float, NAME_float_bfloat16.
+// A kernel by its name, and for each dtype, or for each two: NAME_float, NAME_float_bfloat16.
 #ifndef BBT_KERNEL
 #define BBT_KERNEL(name, ending, Arguments, ...)                            \
   extern "C" __global__ void __launch_bounds__(bbt::cuda::kMaxThreads)      \
@@ -153,5 +157,7 @@ float over_block(float value, Op op) {
   BBT_KERNEL(name, _float_bfloat16, Arguments, <float, bbt::cuda::BFloat16>)               \
   BBT_KERNEL(name, _half_float, Arguments, <bbt::cuda::Half, float>)                       \
   BBT_KERNEL(name, _half_half, Arguments, <bbt::cuda::Half, bbt::cuda::Half>)              \
+  BBT_KERNEL(name, _half_bfloat16, Arguments, <bbt::cuda::Half, bbt::cuda::BFloat16>)      \
   BBT_KERNEL(name, _bfloat16_float, Arguments, <bbt::cuda::BFloat16, float>)               \
+  BBT_KERNEL(name, _bfloat16_half, Arguments, <bbt::cuda::BFloat16, bbt::cuda::Half>)      \
   BBT_KERNEL(name, _bfloat16_bfloat16, Arguments, <bbt::cuda::BFloat16, bbt::cuda::BFloat16>)

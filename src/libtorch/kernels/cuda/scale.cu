@@ -1,4 +1,4 @@
-// Rows times their scales: of integer products, and of gradients.
+// Rows times their scales: of integer products, of codes, and of gradients.
 #include "device.h"
 
 namespace bbt::cuda {
@@ -16,14 +16,15 @@ void rescale(const Rescale& a) {
   });
 }
 
-template <typename DY, typename T>
+template <typename X, typename T>
 void scale_rows(const ScaleRows& a) {
-  const DY* dy = static_cast<const DY*>(a.dy) + blockIdx.x * a.d;
+  constexpr int kPacks = sizeof(X) == 1 ? kCodePack : kPack;
+  const X* x = static_cast<const X*>(a.x) + blockIdx.x * a.d;
   T* y = static_cast<T*>(a.y) + blockIdx.x * a.d;
   const float scale = a.scales[blockIdx.x];
-  each(packed(a.d, a.dy, a.y), a.d, [&](long long i, auto width) {
+  each<kPacks>(packed<kPacks>(a.d, a.x, a.y), a.d, [&](long long i, auto width) {
     float v[decltype(width)::value];
-    load(dy + i, v);
+    load(x + i, v);
     for (float& value : v) value *= scale;
     store(y + i, v);
   });
@@ -33,3 +34,6 @@ void scale_rows(const ScaleRows& a) {
 
 BBT_KERNELS(rescale, Rescale)
 BBT_KERNELS_2(scale_rows, ScaleRows)
+BBT_KERNEL(scale_rows, _int8_float, ScaleRows, <signed char, float>)
+BBT_KERNEL(scale_rows, _int8_half, ScaleRows, <signed char, bbt::cuda::Half>)
+BBT_KERNEL(scale_rows, _int8_bfloat16, ScaleRows, <signed char, bbt::cuda::BFloat16>)
