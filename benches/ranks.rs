@@ -6,6 +6,7 @@ mod allocator;
 
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -153,7 +154,7 @@ fn rank(case: Case) -> anyhow::Result<()> {
         eprintln!("{}", message.unwrap_or("another rank failed"));
         bbt::libtorch::exit_at_once(1);
     };
-    let ddp = Arc::new(setup_ddp(env, Duration::from_secs(60), Arc::new(fail))?);
+    let ddp = Rc::new(setup_ddp(env, Duration::from_secs(60), Arc::new(fail))?);
     let mut trainer = Trainer::distributed(config, Start::Fresh, ddp.clone())?;
     let mut times = None;
     if let Some(reducer) = trainer.reducer() {

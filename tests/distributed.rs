@@ -5,6 +5,7 @@ mod common;
 use std::ffi::OsStr;
 use std::net::TcpListener;
 use std::process::Command;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use bbt::checkpoint::{Value, torch_file};
 use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, Precision, WeightQuant};
 use bbt::data::Order;
 use bbt::launch::RankEnv;
-use bbt::training::{Start, Trainer, setup_ddp};
+use bbt::training::{Start, Trainer, Verdict, setup_ddp};
 use common::assert_same_checkpoint;
 use common::cli::{Done, Running, Workspace};
 use tch::Tensor;
@@ -228,7 +229,38 @@ fn every_rank_starts_from_the_weights_of_rank_zero() {
 
 // --- deciding together ----------------------------------------------------------------------------
 
-/// Rank `r` of two in this process, which differs from the others in what `change` does to its trainer.
+/// Rank `r` of two in this process.
+fn of_two(r: usize, port: u16) -> RankEnv {
+    RankEnv {
+        rank: r,
+        local_rank: r,
+        world_size: 2,
+        local_world_size: 2,
+        master_addr: "127.0.0.1".into(),
+        master_port: port,
+        agent_store: false,
+        restart_count: 0,
+    }
+}
+
+/// A configuration that needs no files but the bytes of `ws`.
+fn small_config(ws: &Workspace) -> Config {
+    let mut config = Config {
+        model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
+        ..Config::default()
+    };
+    config.quant.weight = WeightQuant::None;
+    config.quant.act = ActQuant::None;
+    config.data.train = ws.path("text.bin").to_str().expect("UTF-8").into();
+    config.data.seq_len = Some(16);
+    config.data.order = Order::Sequential;
+    config.train.steps = 4;
+    config.train.batch_size = 1;
+    config.train.device = DeviceSpec::Cpu;
+    config
+}
+
+/// A rank in a thread, which differs from the others in what `change` does to its trainer.
 fn in_thread(
     r: usize,
     port: u16,
@@ -236,17 +268,7 @@ fn in_thread(
     change: impl FnOnce(&mut Trainer) + Send + 'static,
 ) -> std::thread::JoinHandle<(Vec<f64>, u64, u64)> {
     std::thread::spawn(move || {
-        let env = RankEnv {
-            rank: r,
-            local_rank: r,
-            world_size: 2,
-            local_world_size: 2,
-            master_addr: "127.0.0.1".into(),
-            master_port: port,
-            agent_store: false,
-            restart_count: 0,
-        };
-        let ddp = Arc::new(setup_ddp(env, Duration::from_secs(60), Arc::new(|_| {})).expect("connects"));
+        let ddp = Rc::new(setup_ddp(of_two(r, port), Duration::from_secs(60), Arc::new(|_| {})).expect("connects"));
         let mut trainer = Trainer::distributed(config, Start::Fresh, ddp.clone()).expect("a trainer");
         change(&mut trainer);
         trainer.train(&mut (), &AtomicBool::new(false)).expect("trains");
@@ -261,19 +283,8 @@ fn in_thread(
 fn a_nan_on_one_rank_makes_all_skip_the_step() {
     let ws = Workspace::new();
     for (zero, precision) in [(0, Precision::Fp32), (1, Precision::Fp32), (0, Precision::Fp16), (1, Precision::Fp16)] {
-        let mut config = Config {
-            model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
-            ..Config::default()
-        };
-        config.quant.weight = WeightQuant::None;
-        config.quant.act = ActQuant::None;
-        config.data.train = ws.path("text.bin").to_str().expect("UTF-8").into();
-        config.data.seq_len = Some(16);
-        config.data.order = Order::Sequential;
-        config.train.steps = 4;
-        config.train.batch_size = 1;
+        let mut config = small_config(&ws);
         config.train.precision = precision;
-        config.train.device = DeviceSpec::Cpu;
         config.train.out = ws.path(format!("nan{zero}{precision:?}"));
         config.ddp.zero_stage = zero;
         let port = free_port();
@@ -290,6 +301,32 @@ fn a_nan_on_one_rank_makes_all_skip_the_step() {
         assert_eq!((skipped, skipped_there, completed), (expected, expected, 4), "zero {zero} {precision:?}");
         assert!(weights.iter().all(|w| w.is_finite()), "the healthy rank's weights are as they were");
     }
+}
+
+#[test]
+fn a_failure_is_reported_before_a_closed_connection_tells_of_it() {
+    let ws = Workspace::new();
+    let port = free_port();
+    let ranks = [0, 1].map(|r| {
+        let mut config = small_config(&ws);
+        config.train.out = ws.path("run");
+        std::thread::spawn(move || {
+            let ddp = setup_ddp(of_two(r, port), Duration::from_secs(60), Arc::new(|_| {})).expect("connects");
+            let ddp = Rc::new(ddp);
+            let mut trainer = Trainer::distributed(config, Start::Fresh, ddp.clone()).expect("a trainer");
+            if r == 0 {
+                // What an error does on its way up.
+                drop(trainer);
+                std::thread::sleep(Duration::from_secs(2));
+                assert_eq!(ddp.fail("the disk is full".into(), false), Verdict::Tell("the disk is full".into()));
+            } else {
+                trainer.train(&mut (), &AtomicBool::new(false)).expect_err("rank 0 is gone");
+            }
+            Instant::now()
+        })
+    });
+    let [reported, noticed] = ranks.map(|rank| rank.join().expect("a rank"));
+    assert!(reported < noticed, "{:?}", reported - noticed);
 }
 
 #[test]

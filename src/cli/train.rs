@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -71,7 +72,7 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
         }
         exit_at_once(1);
     };
-    let ddp = Arc::new(setup_ddp(env, Duration::from_secs(timeout), Arc::new(on_failure))?);
+    let ddp = Rc::new(setup_ddp(env, Duration::from_secs(timeout), Arc::new(on_failure))?);
     let error = match catch_unwind(AssertUnwindSafe(|| train(args, Some(&ddp)))) {
         Ok(Ok(())) => {
             ddp.done();
@@ -88,7 +89,7 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
     exit_at_once(super::status(&error).into());
 }
 
-fn train(args: &Args, ddp: Option<&Arc<Ddp>>) -> anyhow::Result<()> {
+fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     let layers = args.config.layers()?;
     let out = layers.given()?.train.out;
     let run = RunDir::new(&out);

@@ -3,7 +3,9 @@
 //! [`setup_ddp`] reads torchrun's variables and connects to the store; [`Ddp::check`] sees that all ranks mean
 //! the same run; [`Ddp::join`] makes the process group. The collectives themselves are c10d's.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -149,6 +151,8 @@ pub(super) fn hello(rank: usize) -> String {
 /// One rank's tie to the others.
 pub struct Ddp {
     // Dropped from top to bottom: first who uses the store.
+    /// Held here as well: a failure is to be reported before a closed connection tells the other ranks of it.
+    group: OnceCell<Rc<ProcessGroup>>,
     watch: Watch,
     store: Store,
     /// The store itself, where this rank holds it.
@@ -183,7 +187,7 @@ pub fn setup_ddp(env: RankEnv, timeout: Duration, on_failure: OnFailure) -> Resu
     let holder = if env.agent_store { "held by the launcher" } else { "held by rank 0" };
     let store_name = format!("{holder} at {addr}:{port}");
     let watch = Watch::start(connect()?, store_name, env.rank, env.world_size, timeout, on_failure);
-    Ok(Ddp { watch: watch.map_err(DdpError::Thread)?, store, _server: server, env, timeout })
+    Ok(Ddp { group: OnceCell::new(), watch: watch.map_err(DdpError::Thread)?, store, _server: server, env, timeout })
 }
 
 impl Ddp {
@@ -283,11 +287,11 @@ impl Ddp {
         Ok(())
     }
 
-    /// Makes the process group of all ranks, for tensors on `device`.
+    /// Makes the process group of all ranks, for tensors on `device`. It lives as long as this tie.
     ///
     /// # Errors
     /// The backend is missing or does not fit, or a rank does not come.
-    pub fn join(&self, options: &DdpConfig, device: Device) -> Result<ProcessGroup, DdpError> {
+    pub fn join(&self, options: &DdpConfig, device: Device) -> Result<Rc<ProcessGroup>, DdpError> {
         let backend = match (options.backend, device) {
             (config::Backend::Auto, Device::Cuda(_)) | (config::Backend::Nccl, Device::Cuda(_)) => Backend::Nccl,
             (config::Backend::Nccl, _) => return Err(DdpError::NcclOnCpu(format!("{device:?}").to_lowercase())),
@@ -295,8 +299,9 @@ impl Ddp {
         };
         // Longer than the watch waits: it knows more than c10d's own timeout says.
         let timeout = self.timeout + Duration::from_secs(30);
-        ProcessGroup::new(&self.store, self.env.rank, self.env.world_size, backend, device, timeout)
-            .map_err(DdpError::Group)
+        let group = ProcessGroup::new(&self.store, self.env.rank, self.env.world_size, backend, device, timeout)
+            .map_err(DdpError::Group)?;
+        Ok(self.group.get_or_init(|| Rc::new(group)).clone())
     }
 
     /// The main thread begins `phase` of step `step` (from 0).

@@ -1,6 +1,6 @@
 //! What many ranks do together in a step: average gradients, by c10d's Reducer or in shards, and decide as one.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -25,8 +25,8 @@ enum Averaging {
 pub struct Parallel {
     // Dropped from top to bottom: the reducer uses the group, the group the store.
     averaging: Averaging,
-    group: ProcessGroup,
-    ddp: Arc<Ddp>,
+    group: Rc<ProcessGroup>,
+    ddp: Rc<Ddp>,
 }
 
 impl Parallel {
@@ -36,8 +36,8 @@ impl Parallel {
     /// # Errors
     /// A rank is lost, or has other parameters.
     pub fn new(
-        ddp: Arc<Ddp>,
-        group: ProcessGroup,
+        ddp: Rc<Ddp>,
+        group: Rc<ProcessGroup>,
         params: Vec<Tensor>,
         options: &DdpConfig,
         optim: &OptimConfig,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -210,11 +211,11 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`Trainer::new`]; ranks that differ; a rank that is lost.
-    pub fn distributed(config: Config, start: Start, ddp: Arc<Ddp>) -> Result<Self, TrainError> {
+    pub fn distributed(config: Config, start: Start, ddp: Rc<Ddp>) -> Result<Self, TrainError> {
         Self::build(config, start, Some(ddp))
     }
 
-    fn build(config: Config, start: Start, ddp: Option<Arc<Ddp>>) -> Result<Self, TrainError> {
+    fn build(config: Config, start: Start, ddp: Option<Rc<Ddp>>) -> Result<Self, TrainError> {
         config.validate()?;
         let device = match &ddp {
             Some(ddp) => device(ddp.device(config.train.device)?)?,
