@@ -665,13 +665,15 @@ fn help_has_examples_and_comes_at_once() {
         let text = ws.ok(&format!("{command} --help")).text();
         assert!(text.contains("Example") && text.contains(&format!("  bbt {command}")), "bbt {command} --help: {text}");
     }
-    let fastest = (0..3).map(|_| {
+    // Other tests run beside it: what it takes is what it takes when left alone once.
+    let fastest = |best: Duration| {
         let began = Instant::now();
         ws.ok("--help");
-        began.elapsed()
-    });
-    let fastest = fastest.min().expect("three");
-    assert!(fastest < Duration::from_secs(2), "{fastest:?}");
+        best.min(began.elapsed())
+    };
+    let half = Duration::from_millis(500);
+    let took = (0..50).fold(Duration::MAX, |best, _| if best < half { best } else { fastest(best) });
+    assert!(took < half, "{took:?}");
     assert_eq!(ws.ok("--version").text(), format!("bbt {}\n", env!("CARGO_PKG_VERSION")));
     let bare = ws.bbt("");
     assert!(bare.status == Some(2) && bare.stderr.contains("Usage"), "{bare:?}");
