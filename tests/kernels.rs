@@ -5,16 +5,23 @@ mod common;
 use std::sync::atomic::AtomicBool;
 
 use bbt::config::{Config, ModelConfig, Precision, QuantKernel, TrainConfig};
-use bbt::training::metrics::{TrainObserver, TrainRow};
+use bbt::training::metrics::{TrainObserver, TrainRow, ValRow};
 use bbt::training::{RunDir, Start, Trainer};
 
-/// Losses of the logged steps.
+/// Losses of the logged steps, and the last validation's bits per byte.
 #[derive(Default)]
-struct Losses(Vec<f64>);
+struct Losses {
+    train: Vec<f64>,
+    held_out: f64,
+}
 
 impl TrainObserver for Losses {
     fn on_step(&mut self, row: &TrainRow) {
-        self.0.push(row.loss);
+        self.train.push(row.loss);
+    }
+
+    fn on_validation(&mut self, row: &ValRow) {
+        self.held_out = row.val_bits_per_byte;
     }
 }
 
@@ -22,15 +29,19 @@ fn config(dir: &std::path::Path, kernel: QuantKernel, precision: Precision) -> C
     let mut config = Config::default();
     config.model = ModelConfig { n_layer: 2, d_model: 96, n_head: 3, d_ff: 256, ..config.model };
     config.quant.kernel = kernel;
-    let sources = concat!(env!("CARGO_MANIFEST_DIR"), "/src/training/*.rs");
-    (config.data.train, config.data.seq_len) = (sources.into(), Some(128));
-    (config.optim.lr, config.optim.warmup_frac) = (3e-3, 0.1);
+    // Text that stays the same: PyTorch's sources, of the version that is linked.
+    let sources = |dir| format!("{}/.libtorch/torch/{dir}/*.py", env!("CARGO_MANIFEST_DIR"));
+    (config.data.train, config.data.val) = (sources("nn/modules"), Some(sources("optim")));
+    config.data.seq_len = Some(128);
+    (config.optim.lr, config.optim.warmup_frac) = (1e-3, 0.1);
     config.train = TrainConfig {
         steps: 300,
         batch_size: 4,
         precision,
         log_every: 1,
         save_every: 0,
+        eval_every: 300,
+        eval_bytes: Some(65536),
         checkpointing: true,
         out: dir.join(format!("{kernel:?}{precision:?}")),
         ..config.train
@@ -38,36 +49,42 @@ fn config(dir: &std::path::Path, kernel: QuantKernel, precision: Precision) -> C
     config
 }
 
-fn losses(config: Config, start: Start) -> Vec<f64> {
+fn train(config: Config, start: Start) -> Losses {
     RunDir::new(&config.train.out).ensure().unwrap();
     // Small products, and another test beside: threads would only wait for each other.
     tch::set_num_threads(1);
     let mut losses = Losses::default();
     Trainer::new(config, start).unwrap().train(&mut losses, &AtomicBool::new(false)).unwrap();
-    losses.0
+    losses
 }
 
-/// Mean of the last 60 of 300 losses, in which noise of single batches is the same for all: they read the same.
-fn end(losses: &[f64]) -> f64 {
-    losses[losses.len() - 60..].iter().sum::<f64>() / 60.0
-}
-
+/// A rounding that falls the other way soon makes another run of it, which ends better or worse by chance: by 0.08 %
+/// (standard deviation over five starts with the learning rate changed by a millionth).
 #[test]
 fn fused_and_reference_learn_the_same() {
+    const STARTS: u64 = 2;
     for precision in [Precision::Fp32, Precision::Bf16] {
-        let dir = tempfile::tempdir().unwrap();
-        // One start for both: the random generator is the process's, not the seed's alone.
-        let mut first = config(dir.path(), QuantKernel::Reference, precision);
-        (first.train.steps, first.train.out) = (1, dir.path().join("start"));
-        losses(first, Start::Fresh);
-        let start = Start::Init(dir.path().join("start/ckpt.pt"));
-        let [reference, fused] = [QuantKernel::Reference, QuantKernel::Fused]
-            .map(|kernel| losses(config(dir.path(), kernel, precision), start.clone()));
-        assert!((reference[0] - fused[0]).abs() < 5e-3 * reference[0], "{} {}", reference[0], fused[0]);
-        let (reference, fused) = (end(&reference), end(&fused));
-        println!("{precision:?}: reference {reference:.4}, fused {fused:.4}");
-        // That something was learned at all: 5.5 is knowing nothing.
-        assert!(reference < 2.8, "{reference}");
+        let mut held_out = [0.0; 2];
+        for seed in 0..STARTS {
+            let dir = tempfile::tempdir().unwrap();
+            // One start for both: the random generator is the process's, not the seed's alone.
+            let mut first = config(dir.path(), QuantKernel::Reference, precision);
+            (first.train.steps, first.train.seed, first.train.out) = (1, seed, dir.path().join("start"));
+            first.data.val = None;
+            train(first, Start::Fresh);
+            let start = Start::Init(dir.path().join("start/ckpt.pt"));
+            let [reference, fused] = [QuantKernel::Reference, QuantKernel::Fused]
+                .map(|kernel| train(config(dir.path(), kernel, precision), start.clone()));
+            let (first, other) = (reference.train[0], fused.train[0]);
+            assert!((first - other).abs() < 5e-3 * first, "{first} {other}");
+            println!("{precision:?} {seed}: reference {:.4}, fused {:.4}", reference.held_out, fused.held_out);
+            held_out[0] += reference.held_out / STARTS as f64;
+            held_out[1] += fused.held_out / STARTS as f64;
+        }
+        let [reference, fused] = held_out;
+        println!("{precision:?}: reference {reference:.4}, fused {fused:.4} bits per byte");
+        // That something was learned at all: 8 is knowing nothing.
+        assert!(reference < 5.0, "{reference}");
         assert!((fused / reference - 1.0).abs() < 5e-3, "{precision:?}: reference {reference}, fused {fused}");
     }
 }
@@ -83,7 +100,7 @@ fn a_run_may_change_its_kernel() {
             "" => Start::Fresh,
             from => Start::Resume { path: dir.path().join(from).join("ckpt.pt"), optimizer_state: true },
         };
-        losses(config, start)
+        train(config, start).train
     };
     part("", "begun", QuantKernel::Reference, 5);
     let expected = part("begun", "reference", QuantKernel::Reference, 20);
