@@ -68,7 +68,7 @@ $(TEST_STAMP):
 
 # Tests run the release build: the one that is used, and built once.
 test: libtorch $(TEST_STAMP)
-	$(CARGO) test --release --locked
+	$(CARGO) test --release --locked --no-fail-fast
 
 # --- beside PyTorch -------------------------------------------------------------------------------
 # QUICK=1, DEVICE=cuda, SIZES=… and ONLY=… as benches/compare.py says.
