@@ -188,7 +188,7 @@ impl ModelConfig {
 }
 
 /// Quantization of weights and activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuantConfig {
     /// Weights of the linear layers.
@@ -199,6 +199,8 @@ pub struct QuantConfig {
     pub act: ActQuant,
     /// What computes it.
     pub kernel: QuantKernel,
+    /// Fraction of the run over which quantization comes in, from full precision; 0: it is there from the start.
+    pub start_frac: f64,
 }
 
 /// Quantization of weights.
@@ -245,7 +247,22 @@ pub enum QuantKernel {
 
 impl Default for QuantConfig {
     fn default() -> Self {
-        Self { weight: WeightQuant::Ternary, ste: Ste::Identity, act: ActQuant::Int8, kernel: QuantKernel::Auto }
+        Self {
+            weight: WeightQuant::Ternary,
+            ste: Ste::Identity,
+            act: ActQuant::Int8,
+            kernel: QuantKernel::Auto,
+            start_frac: 0.0,
+        }
+    }
+}
+
+impl QuantConfig {
+    /// λ, how far quantization has come in at `step` (from 0) in a run of `steps`: from 0, full precision, in a line to
+    /// 1 at `start_frac` of the run. Each quantized x is x + λ (q(x) - x).
+    pub fn lambda(&self, step: u64, steps: u64) -> f64 {
+        let start = self.start_frac * steps as f64;
+        if start > 0.0 { (step as f64 / start).min(1.0) } else { 1.0 }
     }
 }
 
@@ -337,14 +354,20 @@ pub struct OptimConfig {
     pub weight_decay: f64,
     /// Largest L2 norm of the gradient; 0: no clipping.
     pub grad_clip: f64,
-    /// Shape of the learning rate after warmup.
+    /// Shape of the learning rate after warmup; of the weight decay, too, where it is `two_stage`.
     pub schedule: Schedule,
     /// Fraction of the run over which the learning rate rises linearly.
     pub warmup_frac: f64,
     /// The same in steps; null: from `warmup_frac`.
     pub warmup_steps: Option<u64>,
-    /// The cosine ends at this fraction of `lr`.
+    /// The learning rate ends at this fraction of `lr`.
     pub min_lr_factor: f64,
+    /// `wsd`: fraction of the run, its last, over which the learning rate falls.
+    pub decay_frac: f64,
+    /// `two_stage`: fraction of the run after which the second stage begins.
+    pub stage_frac: f64,
+    /// `two_stage`: the second stage's peak learning rate, as a fraction of `lr`.
+    pub stage_lr_factor: f64,
     /// Which parameters decay.
     pub decay: Decay,
 }
@@ -359,12 +382,17 @@ pub enum Optimizer {
 
 /// Shape of the learning rate after warmup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// Half a cosine down to `min_lr_factor`.
     Cosine,
     /// Stays at `lr`.
     Constant,
+    /// Warmup, stable, decay (MiniCPM, Hu et al. 2024, arXiv 2404.06395): stays at `lr`, then falls to `min_lr_factor`.
+    Wsd,
+    /// BitNet b1.58's (Ma et al. 2024, arXiv 2402.17764): a line down to `min_lr_factor`, from a lower peak and without
+    /// weight decay in the second stage.
+    TwoStage,
 }
 
 /// Which parameters decay.
@@ -373,6 +401,8 @@ pub enum Schedule {
 pub enum Decay {
     /// Every parameter, as the original.
     All,
+    /// Those of two or more dimensions: the embedding and the linear layers, but not the norms.
+    Matrices,
 }
 
 impl Default for OptimConfig {
@@ -388,6 +418,10 @@ impl Default for OptimConfig {
             warmup_frac: 0.03,
             warmup_steps: None,
             min_lr_factor: 0.1,
+            decay_frac: 0.2,
+            stage_frac: 0.5,
+            // From 1.2e-3 to 8e-4, as the 1.3B and larger models of the "Training Tips".
+            stage_lr_factor: 2.0 / 3.0,
             decay: Decay::All,
         }
     }
@@ -400,6 +434,16 @@ impl OptimConfig {
         self.warmup_steps.unwrap_or((self.warmup_frac * steps as f64) as u64)
     }
 
+    /// Number of steps over which `wsd` decays, the last of a run of `steps`.
+    pub fn decay_steps(&self, steps: u64) -> u64 {
+        (self.decay_frac * steps as f64) as u64
+    }
+
+    /// The step with which the second stage of `two_stage` begins.
+    pub fn second_stage(&self, steps: u64) -> u64 {
+        (self.stage_frac * steps as f64) as u64
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         positive("optim.lr", self.lr)?;
         within("optim.betas", self.betas.0, 0.0..1.0)?;
@@ -408,8 +452,18 @@ impl OptimConfig {
         within("optim.weight_decay", self.weight_decay, 0.0..f64::MAX)?;
         within("optim.grad_clip", self.grad_clip, 0.0..f64::MAX)?;
         within("optim.warmup_frac", self.warmup_frac, 0.0..1.0)?;
-        if !(0.0..=1.0).contains(&self.min_lr_factor) {
-            return Err(invalid("optim.min_lr_factor", format!("{} is not within 0 and 1", self.min_lr_factor)));
+        up_to_one("optim.min_lr_factor", self.min_lr_factor)?;
+        up_to_one("optim.decay_frac", self.decay_frac)?;
+        up_to_one("optim.stage_frac", self.stage_frac)?;
+        up_to_one("optim.stage_lr_factor", self.stage_lr_factor)?;
+        if self.schedule == Schedule::TwoStage && self.stage_lr_factor < self.min_lr_factor {
+            return Err(invalid(
+                "optim.stage_lr_factor",
+                format!(
+                    "{} is less than optim.min_lr_factor {}, with which the run ends: lower that one",
+                    self.stage_lr_factor, self.min_lr_factor
+                ),
+            ));
         }
         Ok(())
     }
@@ -633,6 +687,13 @@ fn within(key: &str, value: f64, range: std::ops::Range<f64>) -> Result<(), Conf
     Ok(())
 }
 
+fn up_to_one(key: &str, value: f64) -> Result<(), ConfigError> {
+    if !(0.0..=1.0).contains(&value) {
+        return Err(invalid(key, format!("{value} is not within 0 and 1")));
+    }
+    Ok(())
+}
+
 impl Config {
     /// Checks every value's range.
     ///
@@ -640,10 +701,23 @@ impl Config {
     /// The first key that does not fit.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.model.validate()?;
+        within("quant.start_frac", self.quant.start_frac, 0.0..1.0)?;
         self.data.validate()?;
         self.optim.validate()?;
         self.train.validate()?;
-        self.ddp.validate()
+        self.ddp.validate()?;
+        let (steps, warmup) = (self.train.steps, self.optim.warmup(self.train.steps));
+        let decay = self.optim.decay_steps(steps);
+        if self.optim.schedule == Schedule::Wsd && decay > steps.saturating_sub(warmup) {
+            return Err(invalid(
+                "optim.decay_frac",
+                format!(
+                    "{decay} of {steps} steps of decay and {warmup} of warmup do not fit into the run: \
+                     lower it or the warmup"
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// The configuration as YAML, every key present.
@@ -921,6 +995,14 @@ mod tests {
             ("optim: {lr: .nan}", "optim.lr"),
             ("optim: {betas: [0.9, 1.0]}", "optim.betas"),
             ("optim: {warmup_frac: 1.5}", "optim.warmup_frac"),
+            ("optim: {schedule: wsd, decay_frac: 1.1}", "optim.decay_frac"),
+            ("optim: {schedule: wsd, decay_frac: 0.9, warmup_frac: 0.2}", "optim.decay_frac"),
+            ("optim: {schedule: wsd, warmup_steps: 9}\ntrain: {steps: 10}", "optim.decay_frac"),
+            ("optim: {schedule: two_stage, stage_frac: -0.1}", "optim.stage_frac"),
+            ("optim: {schedule: two_stage, stage_lr_factor: .nan}", "optim.stage_lr_factor"),
+            ("optim: {schedule: two_stage, stage_lr_factor: 0.05}", "optim.stage_lr_factor"),
+            ("quant: {start_frac: 1.0}", "quant.start_frac"),
+            ("quant: {start_frac: -0.5}", "quant.start_frac"),
             ("train: {steps: 0}", "train.steps"),
             ("train: {batch_size: 0}", "train.batch_size"),
             ("train: {keep: 0}", "train.keep"),
@@ -961,6 +1043,16 @@ mod tests {
         assert_eq!((config.model, config.quant), (model.clone(), quant));
         let error = layers("model: {d_ff: 128}").unwrap().resolve(Some((&model, &quant))).unwrap_err().to_string();
         assert!(error.starts_with("model.d_ff: 128") && error.contains("160"), "{error}");
+    }
+
+    #[test]
+    fn quantization_comes_in_in_a_line() {
+        let quant = |start_frac| QuantConfig { start_frac, ..QuantConfig::default() };
+        assert!((0..10).all(|step| quant(0.0).lambda(step, 10) == 1.0));
+        let line: Vec<f64> = (0..=10).map(|step| quant(0.4).lambda(step, 10)).collect();
+        assert_eq!(line, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+        // However late: a finished run is quantized.
+        assert_eq!(quant(0.999).lambda(10, 10), 1.0);
     }
 
     #[test]

@@ -1,7 +1,9 @@
-//! A picture of one or more runs: bits per byte and learning rate against steps.
+//! A picture of one or more runs: bits per byte and learning rate against steps. One of a schedule: `plot/schedule.rs`.
 //!
 //! `plotters` draws it as SVG, `resvg` turns that into pixels. The font is embedded, so that the
 //! picture is the same on every machine, one without fonts included.
+
+mod schedule;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,8 @@ use resvg::{tiny_skia, usvg};
 
 use crate::training::metrics::Row;
 use crate::utils::atomic::{WriteError, write_bytes};
+
+pub use schedule::plot_schedule;
 
 /// Inter, by The Inter Project Authors, under the SIL Open Font License (`src/plot/OFL.txt`); only its
 /// Latin, Greek and Cyrillic letters.
@@ -97,14 +101,19 @@ pub enum PlotError {
 /// # Errors
 /// [`PlotError`]; the file at `out` is then as it was.
 pub fn plot(runs: &[Run], out: &Path) -> Result<(), PlotError> {
-    if !out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
-        return Err(PlotError::NotPng(out.into()));
-    }
     if runs.is_empty() {
         return Err(PlotError::NoRuns);
     }
     let curves: Vec<Curves> = runs.iter().enumerate().map(Curves::new).collect::<Result<_, _>>()?;
-    let png = svg(&curves).and_then(|svg| rasterize(&svg));
+    write_png(out, || svg(&curves))
+}
+
+/// Writes the picture that `svg` draws.
+fn write_png(out: &Path, svg: impl FnOnce() -> Result<String, String>) -> Result<(), PlotError> {
+    if !out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
+        return Err(PlotError::NotPng(out.into()));
+    }
+    let png = svg().and_then(|svg| rasterize(&svg));
     let png = png.map_err(|message| PlotError::Draw { path: out.into(), message })?;
     Ok(write_bytes(out, &png)?)
 }
@@ -211,15 +220,26 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 fn svg(curves: &[Curves]) -> Result<String, String> {
-    // Measures the text; the pixels are resvg's.
+    register_fonts()?;
+    let legend = Legend::new(curves)?;
+    canvas(legend.bottom / UNITS + PANELS, |root| draw(root, curves, &legend))
+}
+
+/// Measures the text; the pixels are resvg's.
+fn register_fonts() -> Result<(), String> {
     for (style, font) in [(FontStyle::Normal, INTER), (FontStyle::Bold, INTER_SEMIBOLD)] {
         register_font(FONT, style, font).map_err(|_| "the embedded font is broken".to_owned())?;
     }
-    let legend = Legend::new(curves)?;
-    let size = (units(WIDTH) as u32, (legend.bottom + units(PANELS)) as u32);
+    Ok(())
+}
+
+/// The SVG, `height` points high, that `draw` draws on white.
+fn canvas(height: i32, draw: impl FnOnce(&Area) -> Drawn<()>) -> Result<String, String> {
+    register_fonts()?;
     let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
-    draw(&root, curves, &legend).map_err(|error| error.to_string())?;
+    let root = SVGBackend::with_string(&mut svg, (units(WIDTH) as u32, units(height) as u32)).into_drawing_area();
+    root.fill(&WHITE).map_err(|error| error.to_string())?;
+    draw(&root).map_err(|error| error.to_string())?;
     root.present().map_err(|error| error.to_string())?;
     drop(root);
     // Noisy curves have sharp corners, which would grow spikes.
@@ -227,7 +247,6 @@ fn svg(curves: &[Curves]) -> Result<String, String> {
 }
 
 fn draw(root: &Area, curves: &[Curves], legend: &Legend) -> Drawn<()> {
-    root.fill(&WHITE)?;
     legend.draw(root, curves)?;
     let (_, panels) = root.split_vertically(legend.bottom);
     let (upper, lower) = panels.split_vertically(units(PANELS) * 63 / 100);
@@ -360,7 +379,7 @@ fn panel<'a, 'b>(
         .axis_style(AXIS.stroke_width(units(1) as u32))
         .set_all_tick_mark_size(units(4))
         .x_labels(9)
-        .y_labels(if with_steps { 4 } else { 7 })
+        .y_labels(if area.dim_in_pixel().1 < units(250) as u32 { 4 } else { 7 })
         .label_style(small)
         .y_label_formatter(y_label)
         .x_label_formatter(&thousands);

@@ -89,6 +89,12 @@ fn values_out_of_range() {
         ("data.curriculum=[[0.0,16],[0.5,0]]", "data.curriculum"),
         ("train.steps=0", "train.steps"),
         ("train.out=''", "train.out"),
+        ("optim.decay_frac=1.5", "optim.decay_frac"),
+        ("optim.stage_frac=2", "optim.stage_frac"),
+        ("optim.stage_lr_factor=-1", "optim.stage_lr_factor"),
+        ("optim.decay=norms", "matrices"),
+        ("optim.schedule=linear", "two_stage"),
+        ("quant.start_frac=1", "quant.start_frac"),
     ] {
         fails(&ws, &format!("train --config tiny.yaml --set {set}"), USAGE, &[key]);
     }
@@ -479,6 +485,12 @@ fn logs_that_cannot_be_drawn_or_continued() {
     fails(&ws, "plot empty", FAILURE, &["empty"]);
     fails(&ws, "plot broken", FAILURE, &["broken/metrics.jsonl:1"]);
     fails(&ws, "plot run --out loss.jpg", FAILURE, &["loss.jpg", ".png"]);
+    fails(&ws, "plot --schedule tiny.yaml --out plan.jpg", FAILURE, &["plan.jpg", ".png"]);
+    fails(&ws, "plot --schedule absent.yaml", USAGE, &["absent.yaml", "No such file"]);
+    fails(&ws, "plot --schedule tiny.yaml --set optim.decay_frac=2", USAGE, &["optim.decay_frac"]);
+    refuses(&ws, "plot run --schedule tiny.yaml", &["--schedule"]);
+    refuses(&ws, "plot run --steps 3", &["--steps"]);
+    refuses(&ws, "plot", &["<RUN>"]);
     let log = ws.read("run/metrics.jsonl");
     ws.write("run/metrics.jsonl", format!("not a row\n{log}"));
     let done = ws.bbt("train --config tiny.yaml --resume auto");

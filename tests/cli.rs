@@ -614,6 +614,25 @@ fn plot_draws_one_run_or_several() {
     assert_ne!(fs::read(ws.path("one.png")).expect("reads"), fs::read(ws.path("loss.png")).expect("reads"));
 }
 
+#[test]
+fn plot_draws_a_schedule_before_any_training() {
+    let ws = Workspace::new();
+    let plot = |flags: &str| {
+        let done = ws.ok(&format!("plot --schedule tiny.yaml {flags}"));
+        assert_eq!((done.text().as_str(), done.stderr.as_str()), ("", "wrote schedule.png\n"));
+        let bytes = fs::read(ws.path("schedule.png")).expect("schedule.png");
+        assert!(bytes.starts_with(b"\x89PNG\r\n\x1a\n") && bytes.len() > 5000, "{} bytes", bytes.len());
+        bytes
+    };
+    let six_steps = plot("");
+    assert_eq!(six_steps, plot(""));
+    assert_ne!(six_steps, plot("--steps 1000"));
+    assert_ne!(plot("--steps 1000"), plot("--steps 1000 --set optim.schedule=wsd"));
+    assert_ne!(plot("--steps 1000"), plot("--steps 1000 --set quant.start_frac=0.1"));
+    ws.ok("plot --schedule tiny.yaml --out other.png");
+    assert!(!ws.path("run").exists());
+}
+
 // --- the rest -------------------------------------------------------------------------------------
 
 #[test]

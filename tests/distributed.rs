@@ -198,7 +198,10 @@ fn a_checkpoint_goes_on_at_any_world_size() {
 #[test]
 fn at_the_same_world_size_a_resumed_run_is_bit_identical() {
     let ws = Workspace::new();
-    for (world, more) in [(2, "--set train.precision=bf16"), (4, ""), (3, "--set ddp.zero_stage=1")] {
+    // Quantization that comes in: the two parts begin with different kernels.
+    let gradually = "--set quant.start_frac=0.4 --set optim.schedule=two_stage";
+    let sharded = "--set ddp.zero_stage=1 --set optim.decay=matrices --set quant.start_frac=0.9";
+    for (world, more) in [(2, "--set train.precision=bf16"), (4, ""), (5, gradually), (3, sharded)] {
         let flags = format!("train --config tiny.yaml --batch-size 1 --set train.grad_accum=2 --no-ckpt {more}");
         let (whole, parts) = (format!("whole{world}"), format!("parts{world}"));
         torchrun(&ws, world, &format!("{flags} --out {whole}"));
@@ -207,6 +210,23 @@ fn at_the_same_world_size_a_resumed_run_is_bit_identical() {
         assert_eq!(difference(&ws, &whole, &parts), 0.0);
         let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
         assert_same_checkpoint(&read(&whole), &read(&parts), "");
+    }
+}
+
+#[test]
+fn the_same_parameters_decay_however_they_are_dealt_out() {
+    let ws = Workspace::new();
+    // So much decay that a parameter without it, or with it twice, would show.
+    let flags = format!("train --config tiny.yaml --steps 8 --wd 5 --set optim.schedule=two_stage {SMOOTH}");
+    ws.ok(&format!("{flags} --batch-size 6 --out all"));
+    let flags = format!("{flags} --set optim.decay=matrices");
+    ws.ok(&format!("{flags} --batch-size 6 --out one"));
+    assert!(difference(&ws, "one", "all") > 1e-3, "{}", difference(&ws, "one", "all"));
+    for (world, zero) in [(2, 0), (2, 1), (3, 1)] {
+        let out = format!("ranks{world}-{zero}");
+        torchrun(&ws, world, &format!("{flags} --batch-size {} --out {out} --set ddp.zero_stage={zero}", 6 / world));
+        assert!(difference(&ws, "one", &out) < 2e-6, "{out}: {}", difference(&ws, "one", &out));
+        assert!(state_difference(&ws, "one", &out) < 1e-4, "{out}: {}", state_difference(&ws, "one", &out));
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Contents<'a> {
     pub optimizer: &'a [AdamWState],
     /// The learning rate of the last step.
     pub lr: f64,
+    /// The weight decay of the last step.
+    pub weight_decay: f64,
     /// The gradient scaler, for fp16.
     pub scaler: Option<ScalerState>,
     /// How far the run has come.
@@ -119,7 +121,7 @@ impl Contents<'_> {
             ("lr", Value::Float(self.lr)),
             ("betas", Value::Tuple(vec![Value::Float(optim.betas.0), Value::Float(optim.betas.1)])),
             ("eps", Value::Float(optim.eps)),
-            ("weight_decay", Value::Float(optim.weight_decay)),
+            ("weight_decay", Value::Float(self.weight_decay)),
             ("amsgrad", Value::Bool(false)),
             ("maximize", Value::Bool(false)),
             ("foreach", Value::None),
@@ -139,6 +141,8 @@ pub struct TrainingCheckpoint {
     path: PathBuf,
     model: ModelConfig,
     quant: QuantConfig,
+    /// How far quantization had come in, 0 to 1.
+    lambda: f64,
     weights: BTreeMap<String, TensorData>,
     optimizer: Option<Value>,
     scaler: Option<ScalerState>,
@@ -186,12 +190,15 @@ impl TrainingCheckpoint {
             }
             None => None,
         };
-        let (model, quant) = match config {
-            Some(config) => (config.model, config.quant),
-            None => model_of_args(value.get("args")).map_err(error)?,
+        let (model, quant, steps) = match config {
+            Some(config) => (config.model, config.quant, config.train.steps),
+            None => {
+                let (model, quant) = model_of_args(value.get("args")).map_err(error)?;
+                (model, quant, 0)
+            }
         };
         model.validate().map_err(|e| error(format!("its model is none that bbt can build: {e}")))?;
-        let progress = match ours.and_then(|o| o.get("progress")).and_then(Value::as_str) {
+        let progress: Option<Progress> = match ours.and_then(|o| o.get("progress")).and_then(Value::as_str) {
             Some(json) => {
                 Some(serde_json::from_str(json).map_err(|e| error(format!("its progress cannot be read: {e}")))?)
             }
@@ -206,6 +213,8 @@ impl TrainingCheckpoint {
             path: path.into(),
             model,
             quant,
+            // Weights alone, of no run, count as a finished one's.
+            lambda: progress.as_ref().map_or(1.0, |progress| quant.lambda(progress.completed, steps)),
             weights,
             optimizer,
             scaler: value.get("scaler").and_then(scaler_state),
@@ -226,6 +235,7 @@ impl TrainingCheckpoint {
             path: path.into(),
             model: config.model,
             quant: config.quant,
+            lambda: 1.0,
             weights: tensors,
             optimizer: None,
             scaler: None,
@@ -387,14 +397,15 @@ impl TrainingCheckpoint {
     }
 }
 
-/// The model of the checkpoint at `path` with its parameters on `device`.
+/// The model of the checkpoint at `path` with its parameters on `device`, quantized as far as its run was.
 ///
 /// # Errors
 /// As [`TrainingCheckpoint::open`].
 pub fn load_model(path: &Path, device: Device) -> Result<(nn::VarStore, BitByteLM), CheckpointError> {
     let checkpoint = TrainingCheckpoint::open(path)?;
     let mut vs = nn::VarStore::new(Device::Cpu);
-    let model = BitByteLM::new(&vs.root(), &checkpoint.model, &checkpoint.quant);
+    let mut model = BitByteLM::new(&vs.root(), &checkpoint.model, &checkpoint.quant);
+    model.set_quantization(checkpoint.lambda);
     checkpoint.load_weights(&vs)?;
     vs.set_device(device);
     vs.freeze();
@@ -502,6 +513,9 @@ fn args(config: &Config) -> Value {
             str(match optim.schedule {
                 Schedule::Cosine => "cosine",
                 Schedule::Constant => "constant",
+                // None of the original's.
+                Schedule::Wsd => "wsd",
+                Schedule::TwoStage => "two_stage",
             }),
         ),
         ("lr_min_factor", Value::Float(optim.min_lr_factor)),

@@ -74,10 +74,10 @@ pub struct ConfigArgs {
     /// Warmup in steps, instead of --warmup-frac [optim.warmup_steps]
     #[arg(long, value_name = "N", help_heading = "Optimizer")]
     pub warmup_steps: Option<u64>,
-    /// cosine or constant [optim.schedule]
+    /// cosine, constant, wsd or two_stage [optim.schedule]
     #[arg(long, value_name = "SHAPE", help_heading = "Optimizer")]
     pub lr_schedule: Option<String>,
-    /// The cosine ends at this fraction of --lr [optim.min_lr_factor]
+    /// The learning rate ends at this fraction of --lr [optim.min_lr_factor]
     #[arg(long, value_name = "FACTOR", help_heading = "Optimizer")]
     pub lr_min_factor: Option<f64>,
 

@@ -2,29 +2,54 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::plot::{Run, plot};
+use super::config::ConfigArgs;
+use crate::plot::{Run, plot, plot_schedule};
 use crate::training::metrics;
 
-/// Draw the loss curves of one or more runs as a PNG
+/// Draw the loss curves of one or more runs as a PNG, or what a configuration plans for one
 ///
 /// Examples:
 ///   bbt plot runs/tiny --out loss.png
 ///   bbt plot runs/a runs/b/metrics.jsonl --out compare.png
+///   bbt plot --schedule configs/base.yaml --set optim.schedule=wsd --out schedule.png
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// Run directories or metrics.jsonl files
-    #[arg(required = true, value_name = "RUN")]
+    #[arg(required_unless_present = "schedule", value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// The picture
-    #[arg(long, value_name = "FILE.png", default_value = "loss.png")]
-    out: PathBuf,
+    /// The picture [default: loss.png, of a schedule schedule.png]
+    #[arg(long, value_name = "FILE.png")]
+    out: Option<PathBuf>,
+    /// Draw learning rate, weight decay and sequence length of a configuration over its steps instead
+    #[arg(long, value_name = "FILE.yaml", conflicts_with = "runs")]
+    schedule: Option<PathBuf>,
+    /// With --schedule: set any key, as in `bbt config` (repeatable)
+    #[arg(long, value_name = "SECTION.KEY=VALUE", requires = "schedule", conflicts_with = "runs")]
+    set: Vec<String>,
+    /// With --schedule: optimizer steps [train.steps]
+    #[arg(long, value_name = "N", requires = "schedule", conflicts_with = "runs")]
+    steps: Option<u64>,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let runs: Vec<Run> = args.runs.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
-    plot(&runs, &args.out)?;
-    eprintln!("wrote {}", args.out.display());
+    let out = |name: &str| args.out.clone().unwrap_or_else(|| name.into());
+    let out = match args.schedule {
+        None => {
+            let runs: Vec<Run> = args.runs.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
+            let out = out("loss.png");
+            plot(&runs, &out)?;
+            out
+        }
+        Some(path) => {
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            let given = ConfigArgs { config: Some(path), set: args.set, steps: args.steps, ..ConfigArgs::default() };
+            let out = out("schedule.png");
+            plot_schedule(&given.layers()?.resolve(None)?, &name, &out)?;
+            out
+        }
+    };
+    eprintln!("wrote {}", out.display());
     Ok(())
 }
 

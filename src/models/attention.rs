@@ -59,6 +59,12 @@ impl Attention {
         self.o_proj.forward(&y.transpose(1, 2).reshape([b, t, d]))
     }
 
+    pub(super) fn set_quantization(&mut self, lambda: f64) {
+        for projection in [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.o_proj] {
+            projection.set_quantization(lambda);
+        }
+    }
+
     pub(super) fn freeze(&mut self) {
         for projection in [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.o_proj] {
             projection.freeze();

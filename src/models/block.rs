@@ -48,6 +48,11 @@ impl Block {
         recompute(mlp_half, &x)
     }
 
+    pub(super) fn set_quantization(&mut self, lambda: f64) {
+        self.attn.set_quantization(lambda);
+        self.mlp.set_quantization(lambda);
+    }
+
     pub(super) fn freeze(&mut self) {
         self.attn.freeze();
         self.mlp.freeze();

@@ -31,6 +31,11 @@ impl Mlp {
         y
     }
 
+    pub(super) fn set_quantization(&mut self, lambda: f64) {
+        self.gate_up.set_quantization(lambda);
+        self.down.set_quantization(lambda);
+    }
+
     pub(super) fn freeze(&mut self) {
         self.gate_up.freeze();
         self.down.freeze();

@@ -24,6 +24,8 @@ pub struct BitLinear {
     /// Optional bias, `[out]` fp32, full precision.
     pub bias: Option<Tensor>,
     quant: QuantConfig,
+    /// How far quantization has come in, 0 to 1.
+    lambda: f64,
     /// The quantized weight, once [`BitLinear::freeze`] was called.
     frozen: Option<Tensor>,
     ternary: Arc<TernaryCache>,
@@ -67,6 +69,7 @@ impl BitLinear {
             weight: vs.var("weight", &[out_dim, in_dim], init),
             bias: bias.then(|| vs.var("bias", &[out_dim], init)),
             quant: *quant,
+            lambda: 1.0,
             frozen: None,
             ternary: Arc::default(),
         }
@@ -109,7 +112,7 @@ impl BitLinear {
         let x = input.tensor();
         let fits = |layer: &&Self| {
             let quantized = layer.quant.weight == WeightQuant::Ternary && layer.quant.act == ActQuant::Int8;
-            quantized && layer.bias.is_none() && layer.quant.kernel != QuantKernel::Reference
+            quantized && layer.lambda == 1.0 && layer.bias.is_none() && layer.quant.kernel != QuantKernel::Reference
         };
         if !layers.iter().all(fits) || !matches!(x.device(), Device::Cpu | Device::Cuda(_)) {
             return false;
@@ -148,17 +151,19 @@ impl BitLinear {
     fn reference(&self, x: &Tensor) -> Tensor {
         if let Some(weight) = &self.frozen {
             let x = match self.quant.act {
-                ActQuant::Int8 => act_quant(&x.to_kind(tch::Kind::Float)),
+                ActQuant::Int8 => toward(x, |x| act_quant(&x.to_kind(Kind::Float)), self.lambda),
                 ActQuant::None => x.shallow_clone(),
             };
             return x.linear(weight, self.bias.as_ref());
         }
         let x = match self.quant.act {
-            ActQuant::Int8 => act_quant_per_token(x),
+            ActQuant::Int8 => toward(x, act_quant_per_token, self.lambda),
             ActQuant::None => x.shallow_clone(),
         };
         let weight = match self.quant.weight {
-            WeightQuant::Ternary => TernaryQuantSTE { ste: self.quant.ste }.forward(&self.weight),
+            WeightQuant::Ternary => {
+                toward(&self.weight, |w| TernaryQuantSTE { ste: self.quant.ste }.forward(w), self.lambda)
+            }
             WeightQuant::None => self.weight.shallow_clone(),
         };
         x.linear(&weight, self.bias.as_ref())
@@ -168,9 +173,15 @@ impl BitLinear {
     /// gradient flows.
     pub fn freeze(&mut self) {
         self.frozen = Some(match self.quant.weight {
-            WeightQuant::Ternary => ternary_quant(&self.weight).0,
+            WeightQuant::Ternary => toward(&self.weight.detach(), |w| ternary_quant(w).0, self.lambda),
             WeightQuant::None => self.weight.detach(),
         });
+    }
+
+    /// How far quantization has come in: from 0, full precision, to 1, which it is at first. Below 1 the reference
+    /// computes.
+    pub fn set_quantization(&mut self, lambda: f64) {
+        self.lambda = lambda;
     }
 
     /// Another handle to the same tensors.
@@ -179,9 +190,20 @@ impl BitLinear {
             weight: self.weight.shallow_clone(),
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             quant: self.quant,
+            lambda: self.lambda,
             frozen: self.frozen.as_ref().map(Tensor::shallow_clone),
             ternary: self.ternary.clone(),
         }
+    }
+}
+
+/// A part `lambda` of the way from `x` to `quantized(x)`: the values and the gradients of both, mixed. That is
+/// x + λ (q(x) - x).detach() where the estimator passes gradients unchanged; where it clips them, it does so by λ.
+fn toward(x: &Tensor, quantized: impl Fn(&Tensor) -> Tensor, lambda: f64) -> Tensor {
+    match lambda {
+        0.0 => x.shallow_clone(),
+        1.0 => quantized(x),
+        _ => x.to_kind(Kind::Float).lerp(&quantized(x), lambda),
     }
 }
 
@@ -229,6 +251,52 @@ mod tests {
             for layer in [&fused, &fused.shallow_clone()] {
                 let (y, expected) = (layer.forward(&x), reference.forward(&x));
                 assert!((&y - &expected).abs().max().double_value(&[]) < 1e-4 * expected.abs().max().double_value(&[]));
+            }
+        }
+    }
+
+    /// Against x + λ (q(x) - x).detach() of weights and activations, written out.
+    #[test]
+    fn quantization_comes_in_gradually() {
+        for kernel in [QuantKernel::Auto, QuantKernel::Fused, QuantKernel::Reference] {
+            for ste in [Ste::Identity, Ste::Clipped] {
+                let vs = nn::VarStore::new(Device::Cpu);
+                let quant = QuantConfig { kernel, ste, ..QuantConfig::default() };
+                let mut layer = BitLinear::new(vs.root(), 96, 48, false, &quant);
+                let x = Tensor::randn([7, 96], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+                let upstream = Tensor::randn([7, 48], (Kind::Float, Device::Cpu));
+                for lambda in [0.0, 0.3, 0.75, 1.0] {
+                    let (mut w, mut x) = (layer.weight.shallow_clone(), x.shallow_clone());
+                    (w.zero_grad(), x.zero_grad());
+                    layer.set_quantization(lambda);
+                    let y = layer.forward(&x);
+                    (&y * &upstream).sum(Kind::Float).backward();
+
+                    let fp64 = |t: &Tensor| t.detach().to_kind(Kind::Double);
+                    let mix = |x: &Tensor, q: &Tensor| fp64(x) + (fp64(q) - fp64(x)) * lambda;
+                    let (wq, gamma) = ternary_quant(&w);
+                    let (wl, xl) = (mix(&w, &wq), mix(&x, &act_quant(&x)));
+                    let mut gradient = fp64(&upstream).transpose(0, 1).matmul(&xl);
+                    if ste == Ste::Clipped {
+                        let outside = w.detach().abs().gt_tensor(&gamma).to_kind(Kind::Double);
+                        gradient *= outside * -lambda + 1.0;
+                    }
+                    let near = |actual: &Tensor, expected: &Tensor, what: &str| {
+                        let difference = (fp64(actual) - expected).abs().max().double_value(&[]);
+                        let scale = expected.abs().max().double_value(&[]);
+                        assert!(
+                            difference < 1e-6 * scale,
+                            "{what} {kernel:?} {ste:?} {lambda}: {difference} of {scale}"
+                        );
+                    };
+                    near(&y, &xl.matmul(&wl.transpose(0, 1)), "y");
+                    near(&w.grad(), &gradient, "w's gradient");
+                    near(&x.grad(), &fp64(&upstream).matmul(&wl), "x's gradient");
+
+                    let mut frozen = layer.shallow_clone();
+                    frozen.freeze();
+                    near(&tch::no_grad(|| frozen.reference(&x)), &fp64(&y), "frozen");
+                }
             }
         }
     }

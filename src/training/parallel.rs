@@ -8,6 +8,7 @@ use super::ddp::{Ddp, DdpError};
 use super::zero::Shards;
 use crate::config::{DdpConfig, OptimConfig};
 use crate::libtorch::{Error, ProcessGroup, ReduceOp, Reducer, cpu_bytes};
+use crate::utils::decay::DecayingTensors;
 use crate::utils::optim::{AdamW, AdamWState};
 
 /// One MiB.
@@ -57,6 +58,14 @@ impl Parallel {
             }
         };
         Ok((Self { averaging, group, ddp }, optimizer))
+    }
+
+    /// What of the parameters that this rank steps decays where only matrices do; `params` are the model's.
+    pub fn decaying_matrices(&self, params: &[Tensor]) -> DecayingTensors {
+        match &self.averaging {
+            Averaging::Reducer(_) => DecayingTensors::matrices(params),
+            Averaging::Sharded(shards) => DecayingTensors::new(shards.matrices()),
+        }
     }
 
     /// The ranks' tie.

@@ -14,18 +14,19 @@ use tracing::warn;
 use super::ddp::{Ddp, DdpError};
 use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
 use super::loss::{BITS_PER_NAT, cross_entropy, training_loss};
-use super::lr_scheduler::{lr_for_step, seq_len_for_step};
+use super::lr_scheduler::{lr_for_step, seq_len_for_step, weight_decay_for_step};
 use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
 use super::parallel::Parallel;
 use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
 use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
-use crate::config::{ActQuant, Config, ConfigError, Precision, QuantKernel, TrainConfig};
+use crate::config::{ActQuant, Config, ConfigError, Decay, Precision, QuantKernel, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, HostCopy, cuda_memory, foreach_norm, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
+use crate::utils::decay::DecayingTensors;
 use crate::utils::device::{DeviceError, autocast, device};
 use crate::utils::optim::{AdamW, AdamWState, GradScaler, ScalerState, clip_gradients};
 
@@ -158,6 +159,8 @@ pub struct Trainer {
     vs: nn::VarStore,
     model: BitByteLM,
     optimizer: AdamW,
+    /// What decays, where not everything does.
+    decaying: Option<DecayingTensors>,
     scaler: Option<GradScaler>,
     train_set: Arc<dyn ByteDataset>,
     val_set: Option<Arc<dyn ByteDataset>>,
@@ -282,6 +285,12 @@ impl Trainer {
             }
             _ => {}
         }
+        let params = vs.trainable_variables();
+        let matrices = || match &parallel {
+            Some(parallel) => parallel.decaying_matrices(&params),
+            None => DecayingTensors::matrices(&params),
+        };
+        let decaying = (config.optim.decay == Decay::Matrices).then(matrices);
         let scaler = (config.train.precision == Precision::Fp16).then(|| GradScaler::new(restored.scaler, device));
         let checkpoint = match &start {
             Start::Resume { path, .. } => Some(path.clone()),
@@ -297,6 +306,7 @@ impl Trainer {
             vs,
             model,
             optimizer,
+            decaying,
             scaler,
             train_set,
             val_set,
@@ -306,6 +316,8 @@ impl Trainer {
             lag: usize::from(device.is_cuda()),
         };
         trainer.arrange_buckets()?;
+        // Not before: the order of buckets must not depend on where a run is resumed.
+        trainer.set_quantization();
         Ok(trainer)
     }
 
@@ -320,6 +332,11 @@ impl Trainer {
         })?;
         self.optimizer.zero_grad();
         Ok(())
+    }
+
+    /// Quantizes as the next step does; so do validations before it, and whoever uses the model.
+    fn set_quantization(&mut self) {
+        self.model.set_quantization(self.config.quant.lambda(self.progress.completed, self.config.train.steps));
     }
 
     /// The model.
@@ -396,10 +413,9 @@ impl Trainer {
         let mut pending = VecDeque::new();
         while self.progress.completed < end && !stop {
             let step = self.progress.completed;
-            let lr = lr_for_step(step, total, &self.config.optim);
             let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
             let bytes_before = self.progress.bytes_seen;
-            pending.push_back(self.step(lr, seq_len, &mut loader, interrupt)?);
+            pending.push_back(self.step(seq_len, &mut loader, interrupt)?);
             since.bytes += self.progress.bytes_seen - bytes_before;
             let completed = self.progress.completed;
             let last = completed == total;
@@ -477,7 +493,7 @@ impl Trainer {
     /// One optimizer step: forward and backward over the micro-batches, then clip and update. Where ranks train
     /// together, the last micro-batch's backward averages the gradients, and whether to skip the step, and
     /// whether to stop after it, is decided by all. Nothing here waits for the device.
-    fn step(&mut self, lr: f64, seq_len: i64, loader: &mut Loader, interrupt: &AtomicBool) -> Result<Step, TrainError> {
+    fn step(&mut self, seq_len: i64, loader: &mut Loader, interrupt: &AtomicBool) -> Result<Step, TrainError> {
         let accumulate = self.config.train.grad_accum;
         match &mut self.parallel {
             Some(parallel) => parallel.zero_grad(&mut self.optimizer),
@@ -535,7 +551,14 @@ impl Trainer {
         if self.config.optim.grad_clip > 0.0 {
             clip_gradients(&grads, &norm, self.config.optim.grad_clip)?;
         }
-        self.optimizer.step(&grads, lr, &found_inf)?;
+        let (step, total) = (self.progress.completed, self.config.train.steps);
+        let lr = lr_for_step(step, total, &self.config.optim);
+        let mut weight_decay = weight_decay_for_step(step, total, &self.config.optim);
+        if let Some(decaying) = &self.decaying {
+            decaying.decay(lr, weight_decay, &found_inf)?;
+            weight_decay = 0.0;
+        }
+        self.optimizer.step(&grads, lr, weight_decay, &found_inf)?;
         if let Some(parallel) = &self.parallel {
             parallel.after_step()?;
         }
@@ -543,9 +566,9 @@ impl Trainer {
             scaler.update(&found_inf);
         }
 
-        let step = self.progress.completed;
         self.progress.completed += 1;
         self.progress.bytes_seen += bytes;
+        self.set_quantization();
         let numbers = [loss, norm, found_inf, stop].map(|x| x.to_kind(Kind::Double));
         let numbers = HostCopy::start(&Tensor::stack(&numbers, 0))?;
         Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, numbers })
@@ -658,6 +681,7 @@ impl Trainer {
                 vs: &self.vs,
                 optimizer: gathered.as_deref().unwrap_or(&self.optimizer.state),
                 lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
+                weight_decay: weight_decay_for_step(last, self.config.train.steps, &self.config.optim),
                 scaler: self.scaler.as_ref().map(GradScaler::state),
                 progress: &self.progress,
             };
@@ -735,7 +759,8 @@ pub fn memory_need(config: &Config) -> MemoryNeed {
     let m = &config.model;
     let tokens = config.train.batch_size.saturating_mul(config.data.max_seq_len());
     let fused = config.quant.kernel != QuantKernel::Reference && config.quant.act == ActQuant::Int8;
-    let (d, d_ff) = if fused { (9, 3) } else { (20, 8) };
+    // While quantization comes in, the reference computes.
+    let (d, d_ff) = if fused && config.quant.start_frac == 0.0 { (9, 3) } else { (20, 8) };
     let layer = d * m.d_model + d_ff * m.d_ff;
     let kept = if config.train.checkpointing { 2 * m.d_model } else { layer };
     let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;

@@ -81,6 +81,19 @@ impl Shards {
         self.part(&self.params, self.rank)
     }
 
+    /// What of this rank's part belongs to parameters of two or more dimensions, as views of it.
+    pub fn matrices(&self) -> Vec<Tensor> {
+        let part = self.params.size()[0] / self.ranks;
+        let (begin, end) = (self.rank * part, (self.rank + 1) * part);
+        let mut start = 0;
+        let own = |size: &Vec<i64>| {
+            let (from, to) = (begin.max(start), end.min(start + size.iter().product::<i64>()));
+            start += size.iter().product::<i64>();
+            (size.len() >= 2 && from < to).then(|| self.params.narrow(0, from, to - from))
+        };
+        self.sizes.iter().filter_map(own).collect()
+    }
+
     /// Sets all gradients to zero.
     pub fn zero_grad(&mut self) {
         let _ = self.grads.zero_();
@@ -167,5 +180,36 @@ impl Shards {
             own.step.copy_(&first.step);
         }
         group.broadcast(&[own.step.shallow_clone()], 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ranks_matrices_are_those_of_the_model_each_value_once() {
+        let sizes: [&[i64]; 5] = [&[4, 3], &[3], &[5, 3], &[1], &[2, 2]];
+        for ranks in 1..=9 {
+            let model = || sizes.map(|size| Tensor::ones(size, (Kind::Float, Device::Cpu)).set_requires_grad(true));
+            let mut seen = Tensor::zeros([0], (Kind::Float, Device::Cpu));
+            for rank in 0..ranks {
+                let params = model();
+                let shards = Shards::new(params.each_ref().map(Tensor::shallow_clone).into(), rank, ranks).unwrap();
+                let _no_grad = tch::no_grad_guard();
+                for mut view in shards.matrices() {
+                    let _ = view.g_add_scalar_(1.0);
+                }
+                let part = shards.param();
+                assert!(part.numel() > 0 && part.is_contiguous());
+                seen = Tensor::cat(&[seen, part], 0);
+            }
+            let expected =
+                sizes.map(|size| Tensor::full([size.iter().product()], size.len() as i64, (Kind::Float, Device::Cpu)));
+            let expected = Tensor::cat(&expected, 0);
+            assert!(seen.narrow(0, 0, expected.size()[0]).equal(&expected), "{ranks} ranks: {seen}");
+            // The padding is no parameter.
+            assert_eq!(seen.sum(Kind::Float).double_value(&[]), expected.sum(Kind::Float).double_value(&[]));
+        }
     }
 }

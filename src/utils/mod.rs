@@ -2,5 +2,6 @@
 //! devices, files that are whole or not at all.
 
 pub mod atomic;
+pub mod decay;
 pub mod device;
 pub mod optim;

@@ -60,12 +60,12 @@ impl AdamW {
         self.params.iter().map(Tensor::grad).collect()
     }
 
-    /// One step along `grads`, shaped as the parameters, with learning rate `lr`. Nothing changes where
-    /// `found_inf` (fp32 `[]`) is 1.
+    /// One step along `grads`, shaped as the parameters, with learning rate `lr`; every parameter decays by
+    /// `weight_decay`. Nothing changes where `found_inf` (fp32 `[]`) is 1.
     ///
     /// # Errors
     /// libtorch's own.
-    pub fn step(&mut self, grads: &[Tensor], lr: f64, found_inf: &Tensor) -> Result<(), Error> {
+    pub fn step(&mut self, grads: &[Tensor], lr: f64, weight_decay: f64, found_inf: &Tensor) -> Result<(), Error> {
         let list = |f: fn(&AdamWState) -> &Tensor| self.state.iter().map(|s| f(s).shallow_clone()).collect::<Vec<_>>();
         libtorch::fused_adamw(
             &self.params,
@@ -73,7 +73,7 @@ impl AdamW {
             &list(|s| &s.exp_avg),
             &list(|s| &s.exp_avg_sq),
             &list(|s| &s.step),
-            AdamWStep { lr, betas: self.config.betas, eps: self.config.eps, weight_decay: self.config.weight_decay },
+            AdamWStep { lr, betas: self.config.betas, eps: self.config.eps, weight_decay },
             found_inf,
         )
     }
@@ -220,7 +220,7 @@ mod tests {
             optimizer.drop_grad().unwrap();
             assert!(!optimizer.gradients()[0].defined());
             set_gradient(&p, g);
-            optimizer.step(&optimizer.gradients(), 1e-2, found_inf).unwrap();
+            optimizer.step(&optimizer.gradients(), 1e-2, config.weight_decay, found_inf).unwrap();
         }
         let expected = closed_form(0.7, &[0.3, -0.2, 0.1], 1e-2, &config);
         assert!((p.double_value(&[0]) - expected).abs() < 1e-6);
@@ -233,7 +233,7 @@ mod tests {
         let p = Tensor::zeros([3], CPU).set_requires_grad(true);
         let mut optimizer = AdamW::new(vec![p.shallow_clone()], &OptimConfig::default());
         let before = libtorch::tensor_version(&p).unwrap();
-        optimizer.step(&[Tensor::ones([3], CPU)], 1e-2, &Tensor::zeros([], CPU)).unwrap();
+        optimizer.step(&[Tensor::ones([3], CPU)], 1e-2, 0.1, &Tensor::zeros([], CPU)).unwrap();
         assert!(libtorch::tensor_version(&p).unwrap() > before);
     }
 
