@@ -197,6 +197,8 @@ pub struct QuantConfig {
     pub ste: Ste,
     /// Inputs of the linear layers.
     pub act: ActQuant,
+    /// The inputs' straight-through estimator.
+    pub act_ste: ActSte,
     /// What computes it.
     pub kernel: QuantKernel,
     /// Fraction of the run over which quantization comes in, from full precision; 0: it is there from the start.
@@ -233,6 +235,17 @@ pub enum ActQuant {
     None,
 }
 
+/// The straight-through estimator of the activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ActSte {
+    /// The gradient passes unchanged.
+    Identity,
+    /// None, as the original: the gradient flows through the scale alone, to the largest element of each token. The
+    /// reference computes it.
+    None,
+}
+
 /// What computes quantized layers and what stands around them. The same functions, rounded elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -251,6 +264,7 @@ impl Default for QuantConfig {
             weight: WeightQuant::Ternary,
             ste: Ste::Identity,
             act: ActQuant::Int8,
+            act_ste: ActSte::Identity,
             kernel: QuantKernel::Auto,
             start_frac: 0.0,
         }
@@ -258,6 +272,12 @@ impl Default for QuantConfig {
 }
 
 impl QuantConfig {
+    /// Whether there are fused kernels for it, and `kernel` does not rule them out.
+    pub fn may_fuse(&self) -> bool {
+        let quantized = self.weight == WeightQuant::Ternary && self.act == ActQuant::Int8;
+        quantized && self.act_ste == ActSte::Identity && self.kernel != QuantKernel::Reference
+    }
+
     /// λ, how far quantization has come in at `step` (from 0) in a run of `steps`: from 0, full precision, in a line to
     /// 1 at `start_frac` of the run. Each quantized x is x + λ (q(x) - x).
     pub fn lambda(&self, step: u64, steps: u64) -> f64 {
@@ -918,6 +938,9 @@ impl Layers {
             }
             if !self.has("quant", "ste") {
                 config.quant.ste = quant.ste;
+            }
+            if !self.has("quant", "act_ste") {
+                config.quant.act_ste = quant.act_ste;
             }
             if !self.has("quant", "act") {
                 config.quant.act = quant.act;

@@ -24,6 +24,14 @@ pub fn act_quant_per_token(x: &Tensor) -> Tensor {
     &x + (xq - &x).detach()
 }
 
+/// [`act_quant`] without an estimator, as autograd makes of it: rounding has no gradient, so that it flows through the
+/// scale alone, to the largest element of each row. The PyTorch original's rule, to compare with.
+pub fn act_quant_through_scale(x: &Tensor) -> Tensor {
+    let x = x.to_kind(Kind::Float);
+    let scale = x.abs().amax([-1], true).clamp_min(SMALLEST_SCALE) / 127.0;
+    (&x / &scale).detach().round().clamp(-127, 127) * scale
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,6 +57,22 @@ mod tests {
         let weight = Tensor::arange(32, (Kind::Float, Device::Cpu)).view([2, 16]);
         (act_quant_per_token(&x) * &weight).sum(Kind::Float).backward();
         assert!(x.grad().equal(&weight));
+    }
+
+    #[test]
+    fn without_an_estimator_the_largest_element_gets_all() {
+        tch::manual_seed(7);
+        let x = Tensor::randn([5, 16], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let upstream = Tensor::randn([5, 16], (Kind::Float, Device::Cpu));
+        let y = act_quant_through_scale(&x);
+        assert!(y.equal(&act_quant(&x)));
+        (&y * &upstream).sum(Kind::Float).backward();
+        // y = q(x) · max|x| / 127, of which only max|x| has a derivative: the sign, at the largest element.
+        let (gradient, x) = (x.grad(), x.detach());
+        let largest = x.abs().amax([-1], true);
+        let through = (&upstream * &y.detach() / &largest).sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+        let expected = x.abs().eq_tensor(&largest).to_kind(Kind::Float) * x.sign() * through;
+        assert!((gradient - expected).abs().max().double_value(&[]) < 1e-5);
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::kernel_choice::{self, Shape};
-use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, ternary_quant};
-use crate::config::{ActQuant, QuantConfig, QuantKernel, Ste, WeightQuant};
+use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, act_quant_through_scale, ternary_quant};
+use crate::config::{ActQuant, ActSte, QuantConfig, QuantKernel, Ste, WeightQuant};
 use crate::libtorch::{self, Prologue, TernaryWeight};
 
 /// A linear layer over quantized weights and activations.
@@ -110,10 +110,7 @@ impl BitLinear {
 
     fn is_fused<const N: usize>(layers: [&Self; N], input: Input) -> bool {
         let x = input.tensor();
-        let fits = |layer: &&Self| {
-            let quantized = layer.quant.weight == WeightQuant::Ternary && layer.quant.act == ActQuant::Int8;
-            quantized && layer.lambda == 1.0 && layer.bias.is_none() && layer.quant.kernel != QuantKernel::Reference
-        };
+        let fits = |layer: &&Self| layer.quant.may_fuse() && layer.lambda == 1.0 && layer.bias.is_none();
         if !layers.iter().all(fits) || !matches!(x.device(), Device::Cpu | Device::Cuda(_)) {
             return false;
         }
@@ -157,7 +154,13 @@ impl BitLinear {
             return x.linear(weight, self.bias.as_ref());
         }
         let x = match self.quant.act {
-            ActQuant::Int8 => toward(x, act_quant_per_token, self.lambda),
+            ActQuant::Int8 => {
+                let quantized = match self.quant.act_ste {
+                    ActSte::Identity => act_quant_per_token,
+                    ActSte::None => act_quant_through_scale,
+                };
+                toward(x, quantized, self.lambda)
+            }
             ActQuant::None => x.shallow_clone(),
         };
         let weight = match self.quant.weight {
@@ -267,7 +270,8 @@ mod tests {
                 let upstream = Tensor::randn([7, 48], (Kind::Float, Device::Cpu));
                 for lambda in [0.0, 0.3, 0.75, 1.0] {
                     let (mut w, mut x) = (layer.weight.shallow_clone(), x.shallow_clone());
-                    (w.zero_grad(), x.zero_grad());
+                    w.zero_grad();
+                    x.zero_grad();
                     layer.set_quantization(lambda);
                     let y = layer.forward(&x);
                     (&y * &upstream).sum(Kind::Float).backward();

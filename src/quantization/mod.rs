@@ -7,7 +7,7 @@ mod input;
 mod kernel_choice;
 mod ternary_quant;
 
-pub use act_quant::{act_quant, act_quant_per_token};
+pub use act_quant::{act_quant, act_quant_per_token, act_quant_through_scale};
 pub use bitlinear::BitLinear;
 pub use input::{Input, rms_norm};
 pub use ternary_quant::{TernaryQuantSTE, ternary_quant};

@@ -21,7 +21,7 @@ use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
 use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
-use crate::config::{ActQuant, Config, ConfigError, Decay, Precision, QuantKernel, TrainConfig};
+use crate::config::{Config, ConfigError, Decay, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, HostCopy, cuda_memory, foreach_norm, host_memory};
 use crate::models::BitByteLM;
@@ -758,7 +758,7 @@ pub struct MemoryNeed {
 pub fn memory_need(config: &Config) -> MemoryNeed {
     let m = &config.model;
     let tokens = config.train.batch_size.saturating_mul(config.data.max_seq_len());
-    let fused = config.quant.kernel != QuantKernel::Reference && config.quant.act == ActQuant::Int8;
+    let fused = config.quant.may_fuse();
     // While quantization comes in, the reference computes.
     let (d, d_ff) = if fused && config.quant.start_frac == 0.0 { (9, 3) } else { (20, 8) };
     let layer = d * m.d_model + d_ff * m.d_ff;
