@@ -267,7 +267,8 @@ mod tests {
                 let upstream = Tensor::randn([7, 48], (Kind::Float, Device::Cpu));
                 for lambda in [0.0, 0.3, 0.75, 1.0] {
                     let (mut w, mut x) = (layer.weight.shallow_clone(), x.shallow_clone());
-                    (w.zero_grad(), x.zero_grad());
+                    w.zero_grad();
+                    x.zero_grad();
                     layer.set_quantization(lambda);
                     let y = layer.forward(&x);
                     (&y * &upstream).sum(Kind::Float).backward();
