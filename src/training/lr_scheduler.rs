@@ -11,7 +11,7 @@ use crate::config::{OptimConfig, Schedule};
 /// - `cosine`: half a cosine
 /// - `constant`: stays
 /// - `wsd`: stays, then over the last `decay_frac` of the run 1 - sqrt(x), x going from 0 to 1. MiniCPM (Hu et al. 2024,
-///   arXiv 2404.06395) falls exponentially; Hägele et al. (2024, arXiv 2405.18392, §3) find this shape the best.
+///   arXiv 2404.06395) falls exponentially; Hägele et al. (2024, arXiv 2405.18392) find this shape the best.
 /// - `two_stage`: a line, which from `stage_frac` of the run on is the one that would have begun at
 ///   `lr · stage_lr_factor` (Ma et al. 2024, "The Era of 1-bit LLMs: Training Tips, Code and FAQ", for
 ///   arXiv 2402.17764)
