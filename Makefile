@@ -2,6 +2,7 @@
 # make test    every test
 # make train CORPUS=~/notes   the same on your own files
 # make bench   bbt beside plain PyTorch, into docs/bench.md
+# make quality  what learns better: a table of ways to train, into docs/quality.md; an hour
 # make build CPU=1            for the CPU alone: half a gigabyte to download
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH_VERSION = 2.11.0
 CARGO = cargo
 BBT = target/release/bbt
 
-.PHONY: all build train test bench lint-docker libtorch check-libtorch clean
+.PHONY: all build train test bench quality lint-docker libtorch check-libtorch clean
 .DELETE_ON_ERROR:
 
 all: build
@@ -78,6 +79,12 @@ STEP_BENCH = $(CARGO) bench --locked --no-run --bench step --message-format json
 
 bench: libtorch
 	step=$$($(STEP_BENCH)) && PYTHONPATH=.libtorch $(PYTHON) benches/compare.py "$$step" docs/bench.md
+
+# --- which way of training learns better ----------------------------------------------------------
+# ONLY=…, CORPORA=…, SEEDS=… and STEPS=… as benches/quality.py says.
+
+quality: build
+	$(PYTHON) benches/quality.py $(BBT) docs/quality.md
 
 # --- images ---------------------------------------------------------------------------------------
 
