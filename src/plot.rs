@@ -3,6 +3,8 @@
 //! `plotters` draws it as SVG, `resvg` turns that into pixels. The font is embedded, so that the
 //! picture is the same on every machine, one without fonts included.
 
+mod internals;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +14,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 use resvg::{tiny_skia, usvg};
+
+pub use internals::plot_internals;
 
 use crate::training::metrics::Row;
 use crate::utils::atomic::{WriteError, write_bytes};
@@ -78,6 +82,9 @@ pub enum PlotError {
     /// A run has nothing that could be drawn.
     #[error("run {0:?}: its metrics.jsonl holds no finite bits per byte yet: wait for the first logged step")]
     NoRows(String),
+    /// A run was never looked into.
+    #[error("run {0:?}: its metrics.jsonl holds nothing of its layers: train with train.internals_every above 0")]
+    NoInternals(String),
     /// The drawing libraries failed.
     #[error("{}: drawing failed: {message}", path.display())]
     Draw {
@@ -97,14 +104,24 @@ pub enum PlotError {
 /// # Errors
 /// [`PlotError`]; the file at `out` is then as it was.
 pub fn plot(runs: &[Run], out: &Path) -> Result<(), PlotError> {
-    if !out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
-        return Err(PlotError::NotPng(out.into()));
-    }
+    check_name(out)?;
     if runs.is_empty() {
         return Err(PlotError::NoRuns);
     }
     let curves: Vec<Curves> = runs.iter().enumerate().map(Curves::new).collect::<Result<_, _>>()?;
-    let png = svg(&curves).and_then(|svg| rasterize(&svg));
+    save(svg(&curves), out)
+}
+
+fn check_name(out: &Path) -> Result<(), PlotError> {
+    match out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
+        true => Ok(()),
+        false => Err(PlotError::NotPng(out.into())),
+    }
+}
+
+/// Writes the PNG of a drawing, or says what went wrong with it.
+fn save(svg: Result<String, String>, out: &Path) -> Result<(), PlotError> {
+    let png = svg.and_then(|svg| rasterize(&svg));
     let png = png.map_err(|message| PlotError::Draw { path: out.into(), message })?;
     Ok(write_bytes(out, &png)?)
 }
@@ -132,6 +149,7 @@ impl Curves {
                     lr.push((step, row.lr));
                 }
                 Row::Val(row) => val.push((step, row.val_bits_per_byte)),
+                Row::Internals(_) => {}
             }
         }
         if finite(train.iter().chain(&val)).next().is_none() {
@@ -211,15 +229,24 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 fn svg(curves: &[Curves]) -> Result<String, String> {
-    // Measures the text; the pixels are resvg's.
+    register_fonts()?;
+    let legend = Legend::new(curves)?;
+    drawing(legend.bottom + units(PANELS), |root| draw(root, curves, &legend))
+}
+
+/// Makes the embedded fonts known to what measures text; the pixels are resvg's.
+fn register_fonts() -> Result<(), String> {
     for (style, font) in [(FontStyle::Normal, INTER), (FontStyle::Bold, INTER_SEMIBOLD)] {
         register_font(FONT, style, font).map_err(|_| "the embedded font is broken".to_owned())?;
     }
-    let legend = Legend::new(curves)?;
-    let size = (units(WIDTH) as u32, (legend.bottom + units(PANELS)) as u32);
+    Ok(())
+}
+
+/// What `draw` draws, as SVG, `height` units high.
+fn drawing(height: i32, draw: impl FnOnce(&Area) -> Drawn<()>) -> Result<String, String> {
     let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
-    draw(&root, curves, &legend).map_err(|error| error.to_string())?;
+    let root = SVGBackend::with_string(&mut svg, (units(WIDTH) as u32, height as u32)).into_drawing_area();
+    draw(&root).map_err(|error| error.to_string())?;
     root.present().map_err(|error| error.to_string())?;
     drop(root);
     // Noisy curves have sharp corners, which would grow spikes.
@@ -456,6 +483,7 @@ mod tests {
             bytes_per_second: 0.0,
             skipped_steps: 0,
             loss_scale: None,
+            mfu: None,
             data_wait: 0.0,
             peak_memory_bytes: 0,
         })
@@ -480,16 +508,21 @@ mod tests {
         Run { name: name.into(), rows: rows.collect() }
     }
 
-    /// Plots `runs` and gives the pixels.
-    fn picture(runs: &[Run]) -> tiny_skia::Pixmap {
+    /// The pixels of what `plot` draws into a file.
+    pub(super) fn pixels_of(plot: impl FnOnce(&Path) -> Result<(), PlotError>) -> tiny_skia::Pixmap {
         let directory = tempfile::tempdir().unwrap();
         let out = directory.path().join("plot.png");
-        plot(runs, &out).unwrap();
+        plot(&out).unwrap();
         tiny_skia::Pixmap::load_png(&out).unwrap()
     }
 
+    /// Plots `runs` and gives the pixels.
+    fn picture(runs: &[Run]) -> tiny_skia::Pixmap {
+        pixels_of(|out| plot(runs, out))
+    }
+
     /// How many pixels have exactly this colour.
-    fn count(pixels: &tiny_skia::Pixmap, RGBColor(r, g, b): RGBColor) -> usize {
+    pub(super) fn count(pixels: &tiny_skia::Pixmap, RGBColor(r, g, b): RGBColor) -> usize {
         pixels.pixels().iter().filter(|pixel| (pixel.red(), pixel.green(), pixel.blue()) == (r, g, b)).count()
     }
 

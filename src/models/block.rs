@@ -5,6 +5,7 @@ use tch::{Tensor, nn};
 use super::{Attention, LayerCache, Mlp, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig};
 use crate::libtorch::recompute_in_backward;
+use crate::quantization::BitLinear;
 
 /// Epsilon of every RMSNorm of the model.
 pub(super) const RMS_EPS: f64 = 1e-6;
@@ -46,6 +47,13 @@ impl Block {
         let mlp_half = move |x: &Tensor| x + mlp.forward(n2.input(x));
         let x = recompute(attention_half, x);
         recompute(mlp_half, &x)
+    }
+
+    /// The quantized layers by name, in the order of the parameters.
+    pub(super) fn layers(&self) -> impl Iterator<Item = (String, &BitLinear)> {
+        let attention = self.attn.layers().map(|(name, layer)| (format!("attn.{name}"), layer));
+        let mlp = self.mlp.layers().map(|(name, layer)| (format!("mlp.{name}"), layer));
+        attention.into_iter().chain(mlp)
     }
 
     pub(super) fn freeze(&mut self) {

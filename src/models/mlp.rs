@@ -31,6 +31,11 @@ impl Mlp {
         y
     }
 
+    /// The quantized layers by name, in the order of the parameters.
+    pub(super) fn layers(&self) -> [(&'static str, &BitLinear); 2] {
+        [("gate_up", &self.gate_up), ("down", &self.down)]
+    }
+
     pub(super) fn freeze(&mut self) {
         self.gate_up.freeze();
         self.down.freeze();
