@@ -42,7 +42,7 @@ BASE = {
     "optim.schedule": "cosine",
     "optim.decay": "all",
     "train.batch_size": 4,
-    "train.steps": 1500,
+    "train.steps": 1200,
     "train.precision": "bf16",
     "train.checkpointing": False,
     "train.device": "cpu",
@@ -56,7 +56,6 @@ ORIGINAL = {"quant.ste": "clipped", "quant.act_ste": "none"}
 VARIANTS = {
     "full precision, lr 1e-3": {**FULL, "optim.lr": 1e-3},
     "full precision": FULL,
-    "full precision, lr 1e-2": {**FULL, "optim.lr": 1e-2},
     "ternary": {},
     "ternary, lr 1e-3": {"optim.lr": 1e-3},
     "ternary, lr 1e-2": {"optim.lr": 1e-2},
@@ -147,7 +146,7 @@ def held_out(bbt, config, data, work):
         settings = [f"--set={name}={json.dumps(value)}" for name, value in config.items()]
         places = [f"--set=data.train={data / 'train'}", "--set=data.val=null", "--out", run, "--allow-overwrite"]
         command(bbt, "train", *settings, *places, env=environment)
-        evaluation = ["--data", data / "val", "--seq-len", config["data.seq_len"], "--device", "cpu", "--json"]
+        evaluation = ["--data", data / "val", "--seq-len", config["data.seq_len"], "--device", "cpu", "--precision", "bf16", "--json"]
         evaluation = command(bbt, "eval", "--ckpt", run / "ckpt.pt", *evaluation, env=environment)
         whole = result.with_suffix(".tmp")
         whole.write_text(json.dumps({"config": config, "held_out": json.loads(evaluation)}))
