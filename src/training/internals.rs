@@ -86,10 +86,10 @@ impl Internals {
         let known = |number: f64| number.is_finite().then_some(number);
         let row = |(layer, &grad_norm): (&Layer, &f64)| {
             let row = LayerRow { name: layer.name.clone(), grad_norm, ..LayerRow::default() };
-            let Some((Quantized { weights, .. }, numbers)) = layer.quantized.as_ref().zip(of_quantized.next()) else {
+            let Some(Quantized { weights, .. }) = &layer.quantized else { return row };
+            let Some(&[nonzero, sum, flips, gamma, input_absmax, input_absmax_mean]) = of_quantized.next() else {
                 return row;
             };
-            let [nonzero, sum, flips, gamma, input_absmax, input_absmax_mean] = *numbers;
             LayerRow {
                 zero: known((weights - nonzero) / weights),
                 plus: known((nonzero + sum) / 2.0 / weights),

@@ -43,16 +43,15 @@ const PEAKS: [(&str, f64, f64); 23] = [
     ("GeForce RTX 5090", 209.5, 104.8),
 ];
 
-/// Peak of the GPU that the driver calls `name`, in FLOP/s; none where that is not known. Only whole names count: a part
+/// Peak of the GPU that the driver calls `name`, in TFLOP/s; none where that is not known. Only whole names count: a part
 /// of a GPU, or a laptop's, has another peak.
-pub fn peak_flops(name: &str, precision: Precision) -> Option<f64> {
+pub fn peak_tflops(name: &str, precision: Precision) -> Option<f64> {
     let name = name.strip_prefix("NVIDIA ").unwrap_or(name);
     let (_, half, full) = PEAKS.into_iter().find(|(known, ..)| *known == name)?;
-    let tera = match precision {
+    Some(match precision {
         Precision::Bf16 | Precision::Fp16 => half,
         Precision::Fp32 => full,
-    };
-    Some(tera * 1e12)
+    })
 }
 
 #[cfg(test)]
@@ -100,11 +99,11 @@ mod tests {
 
     #[test]
     fn only_a_whole_name_has_a_peak() {
-        assert_eq!(peak_flops("NVIDIA H100 80GB HBM3", Precision::Bf16), Some(989.4e12));
-        assert_eq!(peak_flops("NVIDIA H100 80GB HBM3", Precision::Fp32), Some(66.9e12));
-        assert_eq!(peak_flops("A100-SXM4-40GB", Precision::Fp16), Some(312e12));
+        assert_eq!(peak_tflops("NVIDIA H100 80GB HBM3", Precision::Bf16), Some(989.4));
+        assert_eq!(peak_tflops("NVIDIA H100 80GB HBM3", Precision::Fp32), Some(66.9));
+        assert_eq!(peak_tflops("A100-SXM4-40GB", Precision::Fp16), Some(312.0));
         for other in ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4", ""] {
-            assert_eq!(peak_flops(other, Precision::Bf16), None, "{other}");
+            assert_eq!(peak_tflops(other, Precision::Bf16), None, "{other}");
         }
     }
 }
