@@ -503,6 +503,9 @@ pub struct TrainConfig {
     pub precision: Precision,
     /// Recompute each half of a block in backward instead of keeping its activations.
     pub checkpointing: bool,
+    /// On one GPU, record forward and backward once as a CUDA graph and repeat that: the host then launches a step at
+    /// once. Takes more memory: the activations are the graph's own.
+    pub cuda_graph: bool,
     /// Where to run.
     pub device: DeviceSpec,
     /// Seed of the initial weights.
@@ -549,6 +552,7 @@ impl Default for TrainConfig {
             grad_accum: 1,
             precision: Precision::Bf16,
             checkpointing: true,
+            cuda_graph: false,
             device: DeviceSpec::Auto,
             seed: 0,
             log_every: 10,

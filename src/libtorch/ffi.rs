@@ -66,6 +66,10 @@ unsafe extern "C" {
     pub fn bbt_mark_written(tensors: *const *const C_tensor, n: usize) -> *mut c_char;
     pub fn bbt_is_grad_enabled() -> c_int;
     pub fn bbt_tensor_version(tensor: *const C_tensor, version: *mut i64) -> *mut c_char;
+    pub fn bbt_cuda_graph_begin(device: c_int, graph: *mut *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_end(graph: *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_replay(graph: *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_free(graph: *mut c_void);
     pub fn bbt_host_copy_start(tensor: *const C_tensor, copy: *mut *mut c_void) -> *mut c_char;
     pub fn bbt_host_copy_wait(copy: *mut c_void, tensor: *mut *mut C_tensor) -> *mut c_char;
     pub fn bbt_host_copy_free(copy: *mut c_void);

@@ -7,6 +7,7 @@
 mod attention;
 mod autocast;
 mod cpu_kernels;
+mod cuda_graph;
 mod cuda_kernels;
 mod distributed;
 mod exit;
@@ -22,6 +23,7 @@ mod storage;
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype, autocast_kind};
 pub use cpu_kernels::CpuKernels;
+pub use cuda_graph::CudaGraph;
 pub use cuda_kernels::{compile_cuda_kernels, cuda_name};
 pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store};
 pub use exit::exit_at_once;

@@ -2,6 +2,7 @@
 
 pub mod ddp;
 pub mod evaluation;
+mod graph;
 mod internals;
 pub mod loss;
 pub mod lr_scheduler;

@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::ddp::{Ddp, DdpError};
 use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
+use super::graph::BackwardGraph;
 use super::internals::{Inputs, Internals};
 use super::loss::{BITS_PER_NAT, cross_entropy, training_loss};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step, weight_decay_for_step};
@@ -155,6 +156,8 @@ struct Restored {
 pub struct Trainer {
     // First: its hooks sit on the parameters below.
     parallel: Option<Parallel>,
+    /// Where `train.cuda_graph` asks for it and there is one GPU.
+    graph: Option<BackwardGraph>,
     config: Config,
     run: RunDir,
     device: Device,
@@ -308,8 +311,17 @@ impl Trainer {
         let internals = Internals::new(config.train.internals_every, &parameter_names(&config.model), &model);
         let devices = parallel.as_ref().map_or(1, |parallel: &Parallel| parallel.ddp().world_size());
         let peak = peak(&config.train, device).map(|peak| peak * devices as f64);
+        let graph = match device {
+            Device::Cuda(index) if parallel.is_none() => Some(index),
+            _ => None,
+        };
+        if config.train.cuda_graph && graph.is_none() && main {
+            warn!("train.cuda_graph is for one GPU: this run does without");
+        }
+        let graph = graph.filter(|_| config.train.cuda_graph).map(BackwardGraph::new);
         let mut trainer = Self {
             parallel,
+            graph,
             config,
             run,
             device,
@@ -516,10 +528,13 @@ impl Trainer {
         let accumulate = self.config.train.grad_accum;
         match &mut self.parallel {
             Some(parallel) => parallel.zero_grad(&mut self.optimizer),
+            // A graph adds to the gradients where they are.
+            None if self.graph.is_some() => self.optimizer.zero_grad(),
             None => self.optimizer.drop_grad()?,
         }
         let step = self.progress.completed;
         let reported = self.internals.is_due(step);
+        let lambda = self.config.quant.lambda(step, self.config.train.steps);
         let mut inputs = (reported && self.is_main()).then(Inputs::default);
         let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
         let mut bytes = 0;
@@ -534,24 +549,31 @@ impl Trainer {
             if let Some(parallel) = synchronising {
                 parallel.prepare_for_forward()?;
             }
-            let forward = || autocast(self.device, self.config.train.precision, || self.model.forward(&tokens));
-            let logits = match &mut inputs {
-                Some(inputs) => inputs.watch(&self.model, forward)?,
-                None => forward()?,
-            };
-            let loss = training_loss(self.config.quant.kernel, &logits, &targets)?;
-            loss_sum += loss.detach();
-            let loss = loss / accumulate as f64;
-            let loss = self.scaler.as_ref().map_or(loss.shallow_clone(), |scaler| scaler.scale(&loss));
-            if let Some(parallel) = synchronising {
-                parallel.prepare_for_backward()?;
-            }
-            match &self.parallel {
-                None => loss.backward(),
-                Some(parallel) => {
-                    backward(&loss).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
+            let recordable = inputs.is_none() && lambda == 1.0;
+            let mut forward_backward = |tokens: &Tensor, targets: &Tensor| -> Result<Tensor, TrainError> {
+                let forward = || autocast(self.device, self.config.train.precision, || self.model.forward(tokens));
+                let logits = match &mut inputs {
+                    Some(inputs) => inputs.watch(&self.model, forward)?,
+                    None => forward()?,
+                };
+                let loss = training_loss(self.config.quant.kernel, &logits, targets)?;
+                let scaled = &loss / accumulate as f64;
+                let scaled = self.scaler.as_ref().map_or(scaled.shallow_clone(), |scaler| scaler.scale(&scaled));
+                if let Some(parallel) = synchronising {
+                    parallel.prepare_for_backward()?;
                 }
-            }
+                match &self.parallel {
+                    None => scaled.backward(),
+                    Some(parallel) => {
+                        backward(&scaled).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
+                    }
+                }
+                Ok(loss.detach())
+            };
+            loss_sum += match &mut self.graph {
+                Some(graph) if recordable => graph.run(&tokens, &targets, self.optimizer.params(), forward_backward)?,
+                _ => forward_backward(&tokens, &targets)?,
+            };
             bytes += targets.numel() as u64;
             self.progress.position = batch.position_after;
         }

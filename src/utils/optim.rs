@@ -54,6 +54,11 @@ impl AdamW {
         Self { params, state, config: config.clone() }
     }
 
+    /// The parameters, in PyTorch's order.
+    pub fn params(&self) -> &[Tensor] {
+        &self.params
+    }
+
     /// The parameters' gradients. A parameter without one has no part in the loss, which no layer of
     /// BitByteLM is.
     pub fn gradients(&self) -> Vec<Tensor> {

@@ -82,6 +82,11 @@ char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, a
 char* bbt_tensor_version(at::Tensor* tensor, int64_t* version);
 
 // host_copy.cpp. A handle `void*`, freed with `_free`.
+char* bbt_cuda_graph_begin(int device, void** graph);
+char* bbt_cuda_graph_end(void* graph);
+char* bbt_cuda_graph_replay(void* graph);
+void bbt_cuda_graph_free(void* graph);
+
 char* bbt_host_copy_start(at::Tensor* tensor, void** copy);
 char* bbt_host_copy_wait(void* copy, at::Tensor** tensor);
 void bbt_host_copy_free(void* copy);
