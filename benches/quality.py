@@ -42,7 +42,7 @@ BASE = {
     "optim.schedule": "cosine",
     "optim.decay": "all",
     "train.batch_size": 4,
-    "train.steps": 1500,
+    "train.steps": 1200,
     "train.precision": "bf16",
     "train.checkpointing": False,
     "train.device": "cpu",
@@ -56,7 +56,6 @@ ORIGINAL = {"quant.ste": "clipped", "quant.act_ste": "none"}
 VARIANTS = {
     "full precision, lr 1e-3": {**FULL, "optim.lr": 1e-3},
     "full precision": FULL,
-    "full precision, lr 1e-2": {**FULL, "optim.lr": 1e-2},
     "ternary": {},
     "ternary, lr 1e-3": {"optim.lr": 1e-3},
     "ternary, lr 1e-2": {"optim.lr": 1e-2},
@@ -154,7 +153,8 @@ def held_out(bbt, config, data, work):
         rows = (run / "metrics.jsonl").read_text().splitlines()
         if not rows or json.loads(rows[-1])["step"] != config["train.steps"] - 1:
             raise RuntimeError(f"{run}: interrupted before its last step; the next call trains it anew")
-        evaluation = ["--data", data / "val", "--seq-len", config["data.seq_len"], "--device", "cpu", "--json"]
+        how = ["--seq-len", config["data.seq_len"], "--device", "cpu", "--precision", "bf16", "--json"]
+        evaluation = ["--data", data / "val", *how]
         evaluation = command(bbt, "eval", "--ckpt", run / "ckpt.pt", *evaluation, env=environment)
         whole = result.with_suffix(".tmp")
         whole.write_text(json.dumps({"config": config, "held_out": json.loads(evaluation)}))

@@ -48,6 +48,7 @@ unsafe extern "C" {
         clipped: c_int,
         dtype: c_int,
         outputs: *mut *mut C_tensor,
+        scales: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_rope(
         isa: c_int,
@@ -82,7 +83,7 @@ unsafe extern "C" {
         eps: f64,
         found_inf: *const C_tensor,
     ) -> *mut c_char;
-    pub fn bbt_foreach_norm(tensors: *const *const C_tensor, n: usize, norm: *mut *mut C_tensor) -> *mut c_char;
+    pub fn bbt_foreach_norms(tensors: *const *const C_tensor, n: usize, norms: *mut *mut C_tensor) -> *mut c_char;
     pub fn bbt_foreach_mul(tensors: *const *const C_tensor, n: usize, factor: *const C_tensor) -> *mut c_char;
     pub fn bbt_amp_unscale(
         grads: *const *const C_tensor,
@@ -147,6 +148,7 @@ unsafe extern "C" {
         overlap: *mut i64,
     ) -> *mut c_char;
     pub fn bbt_cuda_memory(index: c_int, free: *mut u64, total: *mut u64, peak: *mut u64) -> *mut c_char;
+    pub fn bbt_cuda_name(index: c_int, name: *mut c_char, size: c_int) -> *mut c_char;
     pub fn bbt_cuda_kernels(architecture: *const c_char, cache: *const c_char, bytes: *mut usize) -> *mut c_char;
 }
 
