@@ -5,7 +5,6 @@
 //! outside, and with them everything that differs from step to step: rates, decay, the scaler's decisions.
 
 use tch::{Kind, Tensor};
-use tracing::warn;
 
 use crate::libtorch::{CudaGraph, Error, mark_written};
 
@@ -27,8 +26,8 @@ enum State {
     /// So many micro-batches have run.
     WarmingUp(u32),
     Recorded(Recorded),
-    /// It cannot be recorded.
-    Refused,
+    /// It cannot be recorded; why, until that is told.
+    Refused(Option<Error>),
 }
 
 #[derive(Debug)]
@@ -48,7 +47,7 @@ impl BackwardGraph {
 
     /// The loss of a micro-batch, fp32 `[]`, whose gradients are added to those of `params`: what
     /// `work(tokens, targets)` does, by `work` itself or by its recording. The gradients must stay where they are from
-    /// one call to the next. Where it cannot be recorded, says so once for each shape and does without.
+    /// one call to the next. Where it cannot be recorded, `work` does it ([`BackwardGraph::take_refusal`]).
     ///
     /// # Shapes
     /// `tokens`, `targets`: `[B, T]` int64, on the device.
@@ -73,17 +72,21 @@ impl BackwardGraph {
                 return work(tokens, targets);
             }
             let recorded = Recorded::new(self.device, tokens, targets, params, &mut work);
-            self.state = recorded.map_or_else(
-                |error| {
-                    warn!("train.cuda_graph: forward and backward cannot be recorded, and are launched one by one: {error}");
-                    State::Refused
-                },
-                State::Recorded,
-            );
+            self.state = recorded.map_or_else(|error| State::Refused(Some(error)), State::Recorded);
         }
         match &mut self.state {
             State::Recorded(recorded) => Ok(recorded.replay(tokens, targets)?),
             _ => work(tokens, targets),
+        }
+    }
+}
+
+impl BackwardGraph {
+    /// Why micro-batches of the shape at hand are not recorded, once.
+    pub fn take_refusal(&mut self) -> Option<Error> {
+        match &mut self.state {
+            State::Refused(why) => why.take(),
+            _ => None,
         }
     }
 }
@@ -148,8 +151,10 @@ mod tests {
             match graph.state {
                 State::WarmingUp(_) => assert!(warming_up, "{step}"),
                 State::Recorded(_) => assert!(!warming_up && device.is_cuda(), "{step}"),
-                State::Refused => assert!(!warming_up && !device.is_cuda(), "{step}"),
+                State::Refused(_) => assert!(!warming_up && !device.is_cuda(), "{step}"),
             }
+            let first = !device.is_cuda() && step % 6 == WARM_UP as usize;
+            assert_eq!(graph.take_refusal().is_some(), first, "told once: {step}");
         }
     }
 }

@@ -315,9 +315,6 @@ impl Trainer {
             Device::Cuda(index) if parallel.is_none() => Some(index),
             _ => None,
         };
-        if config.train.cuda_graph && graph.is_none() && main {
-            warn!("train.cuda_graph is for one GPU: this run does without");
-        }
         let graph = graph.filter(|_| config.train.cuda_graph).map(BackwardGraph::new);
         let mut trainer = Self {
             parallel,
@@ -417,6 +414,9 @@ impl Trainer {
         let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
         let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
 
+        if self.config.train.cuda_graph && self.graph.is_none() {
+            observer.on_message("train.cuda_graph is for one GPU: this run does without");
+        }
         let mut loader = self.loader(end)?;
 
         // Only rank 0 writes.
@@ -440,6 +440,10 @@ impl Trainer {
             let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
             let bytes_before = self.progress.bytes_seen;
             pending.push_back(self.step(seq_len, &mut loader, interrupt)?);
+            if let Some(error) = self.graph.as_mut().and_then(BackwardGraph::take_refusal) {
+                warn!(%error, "not recorded as a graph");
+                observer.on_message(&format!("train.cuda_graph: cannot be recorded, this run does without: {error}"));
+            }
             let bytes = self.progress.bytes_seen - bytes_before;
             since.bytes += bytes;
             since.flops += bytes as f64 * flops_per_byte(&self.config.model, seq_len);
