@@ -54,7 +54,9 @@ fn training_fills_the_run_directory() {
     assert_eq!(ws.ok("config --config run/config.yaml").text(), config);
 
     let rows = ws.rows("run/metrics.jsonl");
-    let (val, train): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.get("val_loss").is_some());
+    let with = |key: &str| rows.iter().filter(|row| row.get(key).is_some()).collect::<Vec<_>>();
+    let (val, train) = (with("val_loss"), with("loss"));
+    assert_eq!(with("layers").len(), 1, "a look inside at the first step");
     assert_eq!(train.len(), 6);
     for (step, row) in (0..).zip(&train) {
         for key in KEYS {
@@ -198,8 +200,9 @@ fn a_cap_holds_for_the_whole_curriculum() {
     let ws = Workspace::new();
     let curriculum = "--set data.curriculum=[[0.0,8],[0.5,32]]";
     ws.ok(&format!("train --config tiny.yaml {curriculum} --seq_len_cap 16"));
-    let lengths: Vec<_> = ws.rows("run/metrics.jsonl").iter().map(|row| row["seq_len"].as_u64()).collect();
-    assert_eq!(lengths, [8, 8, 8, 16, 16, 16].map(Some));
+    let rows = ws.rows("run/metrics.jsonl");
+    let lengths: Vec<_> = rows.iter().filter_map(|row| row["seq_len"].as_u64()).collect();
+    assert_eq!(lengths, [8, 8, 8, 16, 16, 16]);
     // --seq_len fixes it; with nothing given the cap applies to the original's curriculum.
     let config = |flags: &str| Config::from_yaml(&ws.ok(&format!("config {flags}")).text()).expect("reads back").data;
     assert_eq!(config(&format!("{curriculum} --seq_len 24")).curriculum(), [(0.0, 24)]);

@@ -72,6 +72,7 @@ fn tensorboard_reads_the_scalars() {
         "train/skipped_steps": [[0, 1.0], [10, 1.0]],
         "train/loss_scale": [[0, 65536.0], [10, 65536.0]],
         "train/data_wait": [[0, 0.25], [10, 0.25]],
+        "train/mfu": [[0, 0.375], [10, 0.375]],
         "train/peak_memory_bytes": [[0, 1048576.0], [10, 1048576.0]],
         "val/loss": [[10, 2.25]],
         "val/bits_per_byte": [[10, 4.5]],
