@@ -34,9 +34,8 @@ void check(const Tensor& tensor, at::ScalarType dtype, int64_t numel, const char
 
 CodeBook code_book(at::Tensor* const* book) {
   check(*book[0], at::kFloat, 256, "a book's values");
-  check(*book[1], at::kFloat, 256, "a book's boundaries");
-  check(*book[2], at::kByte, 1 << 16, "a book's first codes");
-  return {book[0]->data_ptr<float>(), book[1]->data_ptr<float>(), book[2]->data_ptr<uint8_t>()};
+  check(*book[1], at::kByte, 1 << 16, "a book's nearest codes");
+  return {book[0]->data_ptr<float>(), book[1]->data_ptr<uint8_t>()};
 }
 
 Moment moment(const Tensor& codes, const Tensor& absmax, const CodeBook& book, int64_t n, int64_t blocks) {

@@ -82,7 +82,7 @@ impl AdamW8bitState {
 impl AdamW8bit {
     /// Of these parameters.
     pub fn new(params: Vec<AdamW8bitState>) -> Self {
-        let book = |signed| CodeBook::new(&dynamic_map(signed)).expect("values of one decade are far apart");
+        let book = |signed| CodeBook::new(&dynamic_map(signed));
         // The second moment, of squares, has no sign.
         Self { params, books: [book(true), book(false)] }
     }

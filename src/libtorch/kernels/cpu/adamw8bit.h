@@ -10,14 +10,12 @@ namespace bbt::adamw8bit {
 // Neighbours that share one scale.
 constexpr int64_t kBlock = 256;
 
-// The values that 8 bits stand for, ascending, and how the nearest one is found.
+// The values that 8 bits stand for, ascending, and how one is found.
 struct CodeBook {
   // [256]
   const float* values;
-  // Between values[i] and values[i + 1]; infinity behind the last. [256]
-  const float* boundaries;
-  // By the upper 16 bits of a number: the code of the smallest number that has them. [65536]
-  const uint8_t* first;
+  // The codes of the values nearest to 65536 numbers from -1 to 1, evenly spaced.
+  const uint8_t* nearest;
 };
 
 // A moment of one parameter: values[code] * absmax.

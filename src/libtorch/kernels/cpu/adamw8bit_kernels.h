@@ -17,22 +17,19 @@ BBT_INLINE void dequantize(const uint8_t* codes, float absmax, const float* valu
   for (int64_t i = 0; i < kBlock; ++i) to[i] = values[codes[i]] * absmax;
 }
 
-// Rounds to the nearest value of the book times the block's largest magnitude, which is returned; a block of zeros to
-// zeros. `x` is overwritten.
+// Rounds to values of the book times the block's largest magnitude, which is returned. `x` is overwritten.
 BBT_INLINE float quantize(float* x, const CodeBook& book, uint8_t* codes) {
   Vec most = {};
   for (int64_t i = 0; i < kBlock; i += kLanes) most = larger(magnitude(load(x + i)), most);
   float absmax = 0;
   for (int i = 0; i < kLanes; ++i) absmax = most[i] > absmax ? most[i] : absmax;
   const float divisor = absmax > 0 ? absmax : 1;
-  for (int64_t i = 0; i < kBlock; i += kLanes) store(x + i, load(x + i) / divisor);
-  for (int64_t i = 0; i < kBlock; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
-    // At most one boundary lies between numbers that have these bits.
-    const uint8_t code = book.first[bits >> 16];
-    codes[i] = code + (x[i] > book.boundaries[code]);
+  int32_t places[kBlock];
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const Vec place = (load(x + i) / divisor + 1.0f) * 32767.5f + 0.5f;
+    store_bits(places + i, reinterpret_cast<BitVec>(__builtin_convertvector(place, IntVec)) & 0xffff);
   }
+  for (int64_t i = 0; i < kBlock; ++i) codes[i] = book.nearest[places[i]];
   return absmax;
 }
 
@@ -64,12 +61,11 @@ void step(const Problem& p, int64_t begin, int64_t end) {
       step_block(p, block, param, grad, first, second);
       continue;
     }
-    // The rest, made a whole block with zeros, whose moments stay zero.
+    // The rest, made a whole block with what is as good as zero: never its largest.
     float params[kBlock] = {}, grads[kBlock] = {};
     uint8_t firsts[kBlock], seconds[kBlock];
-    const uint8_t zero1 = p.first.book.first[0], zero2 = p.second.book.first[0];
-    __builtin_memset(firsts, zero1, sizeof firsts);
-    __builtin_memset(seconds, zero2, sizeof seconds);
+    __builtin_memset(firsts, p.first.book.nearest[1 << 15], sizeof firsts);
+    __builtin_memset(seconds, p.second.book.nearest[1 << 15], sizeof seconds);
     __builtin_memcpy(params, param, n * sizeof(float));
     __builtin_memcpy(grads, grad, n * sizeof(float));
     __builtin_memcpy(firsts, first, n);
