@@ -410,8 +410,14 @@ impl TrainingCheckpoint {
         if state.is_empty() && self.completed == 0 {
             return Ok(());
         }
-        let numbers: Vec<i64> =
-            self.group("params").map(Value::elements).unwrap_or_default().iter().filter_map(Value::as_i64).collect();
+        let numbers: Vec<i64> = opt
+            .get("param_groups")
+            .map(Value::elements)
+            .unwrap_or_default()
+            .iter()
+            .flat_map(|group| group.get("params").map(Value::elements).unwrap_or_default())
+            .filter_map(Value::as_i64)
+            .collect();
         if numbers.len() != optimizer.len() {
             let (has, needs) = (numbers.len(), optimizer.len());
             return Err(
@@ -515,7 +521,7 @@ impl TrainingCheckpoint {
         Ok(())
     }
 
-    /// What the optimizer's one group of parameters says of `key`.
+    /// What the optimizer's first group of parameters says of `key`.
     fn group(&self, key: &str) -> Option<&Value> {
         self.optimizer.as_ref()?.get("param_groups")?.elements().first()?.get(key)
     }
