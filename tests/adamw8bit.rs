@@ -255,7 +255,8 @@ fn what_cannot_go_on_names_the_way_out() {
     assert!(message.expect_err("no moments").to_string().contains("--optim"));
 
     // Another code book, or fp32 moments where bitsandbytes has 8 bits.
-    let damages: [(fn(&mut Value), &str); 2] = [
+    type Damage = fn(&mut Value);
+    let damages: [(Damage, &str); 2] = [
         (|state| *state.get_mut("qmap1").expect("qmap1") = state.get("qmap2").expect("qmap2").clone(), "dynamic map"),
         (|state| *state.get_mut("state2").expect("state2") = state.get("qmap2").expect("qmap2").clone(), "uint8"),
     ];
