@@ -505,12 +505,19 @@ pub struct TrainConfig {
     pub precision: Precision,
     /// Recompute each half of a block in backward instead of keeping its activations.
     pub checkpointing: bool,
+    /// On one GPU, record forward and backward once as a CUDA graph and repeat that: the host then launches a step at
+    /// once. Takes more memory: the activations are the graph's own.
+    pub cuda_graph: bool,
     /// Where to run.
     pub device: DeviceSpec,
     /// Seed of the initial weights.
     pub seed: u64,
     /// Log every so many steps.
     pub log_every: u64,
+    /// Log every so many steps what each layer is like inside: weights, flips, inputs, gradient; 0: never.
+    pub internals_every: u64,
+    /// Peak of one device in `precision`, TFLOP/s, for the model FLOPs utilisation; null: by the GPU's name, if known.
+    pub peak_tflops: Option<f64>,
     /// Evaluate every so many steps, and at the end; 0: never.
     pub eval_every: u64,
     /// Evaluate on about so many bytes of `data.val`, in pieces spread evenly over it; null: on all of it.
@@ -547,9 +554,12 @@ impl Default for TrainConfig {
             grad_accum: 1,
             precision: Precision::Bf16,
             checkpointing: true,
+            cuda_graph: false,
             device: DeviceSpec::Auto,
             seed: 0,
             log_every: 10,
+            internals_every: 100,
+            peak_tflops: None,
             eval_every: 200,
             eval_bytes: None,
             save_every: 500,
@@ -571,6 +581,9 @@ impl TrainConfig {
         at_least("train.max_nonfinite", self.max_nonfinite as i64, 1)?;
         if let Some(stop) = self.stop_at {
             at_least("train.stop_at", stop as i64, 1)?;
+        }
+        if let Some(peak) = self.peak_tflops {
+            positive("train.peak_tflops", peak)?;
         }
         if let Some(bytes) = self.eval_bytes {
             at_least("train.eval_bytes", bytes as i64, 2)?;
@@ -1034,6 +1047,7 @@ mod tests {
             ("train: {steps: 0}", "train.steps"),
             ("train: {batch_size: 0}", "train.batch_size"),
             ("train: {keep: 0}", "train.keep"),
+            ("train: {peak_tflops: 0}", "train.peak_tflops"),
             ("data: {seq_len: 0}", "data.seq_len"),
             ("data: {curriculum: [[0.1, 64]]}", "data.curriculum"),
             ("data: {curriculum: [[0.0, 64], [0.0, 32]]}", "data.curriculum"),

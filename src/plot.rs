@@ -3,6 +3,7 @@
 //! `plotters` draws it as SVG, `resvg` turns that into pixels. The font is embedded, so that the
 //! picture is the same on every machine, one without fonts included.
 
+mod internals;
 mod schedule;
 
 use std::ops::Range;
@@ -14,6 +15,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, register_font};
 use resvg::{tiny_skia, usvg};
+
+pub use internals::plot_internals;
 
 use crate::training::metrics::Row;
 use crate::utils::atomic::{WriteError, write_bytes};
@@ -82,6 +85,9 @@ pub enum PlotError {
     /// A run has nothing that could be drawn.
     #[error("run {0:?}: its metrics.jsonl holds no finite bits per byte yet: wait for the first logged step")]
     NoRows(String),
+    /// A run was never looked into.
+    #[error("run {0:?}: its metrics.jsonl holds nothing of its layers: train with train.internals_every above 0")]
+    NoInternals(String),
     /// The drawing libraries failed.
     #[error("{}: drawing failed: {message}", path.display())]
     Draw {
@@ -141,6 +147,7 @@ impl Curves {
                     lr.push((step, row.lr));
                 }
                 Row::Val(row) => val.push((step, row.val_bits_per_byte)),
+                Row::Internals(_) => {}
             }
         }
         if finite(train.iter().chain(&val)).next().is_none() {
@@ -475,6 +482,7 @@ mod tests {
             bytes_per_second: 0.0,
             skipped_steps: 0,
             loss_scale: None,
+            mfu: None,
             data_wait: 0.0,
             peak_memory_bytes: 0,
         })
@@ -499,16 +507,21 @@ mod tests {
         Run { name: name.into(), rows: rows.collect() }
     }
 
-    /// Plots `runs` and gives the pixels.
-    fn picture(runs: &[Run]) -> tiny_skia::Pixmap {
+    /// The pixels of what `plot` draws into a file.
+    pub(super) fn pixels_of(plot: impl FnOnce(&Path) -> Result<(), PlotError>) -> tiny_skia::Pixmap {
         let directory = tempfile::tempdir().unwrap();
         let out = directory.path().join("plot.png");
-        plot(runs, &out).unwrap();
+        plot(&out).unwrap();
         tiny_skia::Pixmap::load_png(&out).unwrap()
     }
 
+    /// Plots `runs` and gives the pixels.
+    fn picture(runs: &[Run]) -> tiny_skia::Pixmap {
+        pixels_of(|out| plot(runs, out))
+    }
+
     /// How many pixels have exactly this colour.
-    fn count(pixels: &tiny_skia::Pixmap, RGBColor(r, g, b): RGBColor) -> usize {
+    pub(super) fn count(pixels: &tiny_skia::Pixmap, RGBColor(r, g, b): RGBColor) -> usize {
         pixels.pixels().iter().filter(|pixel| (pixel.red(), pixel.green(), pixel.blue()) == (r, g, b)).count()
     }
 

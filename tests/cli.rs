@@ -663,6 +663,16 @@ fn doctor_says_what_there_is() {
 }
 
 #[test]
+fn a_graph_is_for_a_gpu_and_its_absence_is_told() {
+    let ws = Workspace::new();
+    let with = ws.bbt("train --config tiny.yaml --device cpu --set train.cuda_graph=true --out with");
+    assert_eq!(with.status, Some(0), "{}", with.stderr);
+    assert!(with.stderr.contains("train.cuda_graph is for one GPU"), "{}", with.stderr);
+    ws.ok("train --config tiny.yaml --device cpu --out without");
+    assert_eq!(ws.losses("with/metrics.jsonl"), ws.losses("without/metrics.jsonl"));
+}
+
+#[test]
 fn help_has_examples_and_comes_at_once() {
     let ws = Workspace::new();
     let help = ws.ok("--help").text();

@@ -3,15 +3,20 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
-use std::process::Output;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn quality(work: &Path, document: &Path, only: &str) -> Output {
+    command(work, document, only, "8").output().expect("python3")
+}
+
+fn command(work: &Path, document: &Path, only: &str, steps: &str) -> Command {
     let driver = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/quality.py");
     let bbt = env!("CARGO_BIN_EXE_bbt");
     let mut command = common::python_command(&[driver.as_ref(), bbt.as_ref(), document.as_ref()]);
-    command.env("WORK", work).env("ONLY", only).env("CORPORA", "code").env("SEEDS", "1").env("STEPS", "8");
-    command.output().expect("python3")
+    command.env("WORK", work).env("ONLY", only).env("CORPORA", "code").env("SEEDS", "1").env("STEPS", steps);
+    command
 }
 
 #[test]
@@ -38,4 +43,31 @@ fn a_table_comes_of_it_and_what_is_trained_is_kept() {
 
     let unknown = quality(dir.path(), &document, "full");
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("'full' is none of"), "{unknown:?}");
+}
+
+#[test]
+fn what_was_interrupted_is_not_kept_and_what_is_refused_ends_it() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let document = dir.path().join("page.md");
+    let mut long = command(dir.path(), &document, "ternary", "2000");
+    let mut running = long.stderr(Stdio::piped()).spawn().expect("python3");
+    let started = Instant::now();
+    let found = || fs::read_dir(dir.path()).expect("reads").map(|entry| entry.expect("an entry").path());
+    let has_rows = |run: PathBuf| fs::metadata(run.join("metrics.jsonl")).is_ok_and(|rows| rows.len() > 0);
+    while !found().any(has_rows) {
+        assert!(started.elapsed() < Duration::from_secs(120), "it never trains");
+        assert!(running.try_wait().expect("a process").is_none(), "it ended by itself");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // What trains gets the signal, as it does from a terminal; it saves and exits with 0.
+    let kill = format!("kill -INT $(cat /proc/{}/task/*/children)", running.id());
+    assert!(Command::new("bash").args(["-c", &kill]).status().expect("bash").success());
+    let output = running.wait_with_output().expect("ends");
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && words.contains("interrupted before its last step"), "{words}");
+    assert_eq!(found().filter(|path| path.extension().is_some_and(|ext| ext == "json")).count(), 0, "{words}");
+
+    let refused = command(dir.path(), &document, "ternary", "0").output().expect("python3");
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("train.steps"), "{refused:?}");
 }

@@ -276,10 +276,8 @@ fn the_first_step_is_in_full_precision() {
         let mut config = config(Precision::Fp32, QuantKernel::Auto, &dir.path().join(name));
         change(&mut config);
         train(config, start);
-        match log(&dir.path().join(name)).remove(0) {
-            Row::Train(row) => row.loss,
-            Row::Val(_) => panic!("a step comes first"),
-        }
+        let Row::Train(first) = log(&dir.path().join(name)).remove(0) else { panic!("a step comes first") };
+        first.loss
     };
     first_loss("begun", &|config| config.train.steps = 1, Start::Fresh);
     let start = Start::Init(dir.path().join("begun/ckpt.pt"));

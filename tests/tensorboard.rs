@@ -47,6 +47,7 @@ fn train_row(step: u64, loss: f64) -> TrainRow {
         bytes_per_second: 2048.0,
         skipped_steps: 1,
         loss_scale: Some(65536.0),
+        mfu: Some(0.375),
         data_wait: 0.25,
         peak_memory_bytes: 1 << 20,
     }

@@ -585,7 +585,7 @@ pub(super) fn model_checkpoint(config: &Config, mut weights: BTreeMap<String, Te
 }
 
 /// The names of the parameters in PyTorch's order.
-fn parameter_names(model: &ModelConfig) -> Vec<String> {
+pub(crate) fn parameter_names(model: &ModelConfig) -> Vec<String> {
     parameters(model).into_iter().map(|(name, _)| name).collect()
 }
 

@@ -2,15 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use super::UsageError;
 use super::config::ConfigArgs;
-use crate::plot::{Run, plot, plot_schedule};
+use crate::plot::{Run, plot, plot_internals, plot_schedule};
 use crate::training::metrics;
 
-/// Draw the loss curves of one or more runs as a PNG, or what a configuration plans for one
+/// Draw the loss curves of one or more runs as a PNG, what the layers of one are like inside, or what a configuration
+/// plans for one
 ///
 /// Examples:
 ///   bbt plot runs/tiny --out loss.png
 ///   bbt plot runs/a runs/b/metrics.jsonl --out compare.png
+///   bbt plot runs/tiny --internals --out inside.png
 ///   bbt plot --schedule configs/base.yaml --set optim.schedule=wsd --out schedule.png
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -18,7 +21,10 @@ pub struct Args {
     /// Run directories or metrics.jsonl files
     #[arg(required_unless_present = "schedule", value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// The picture [default: loss.png, of a schedule schedule.png]
+    /// Draw the layers of one run: weights at zero, weights changed, gamma, gradient norms, inputs
+    #[arg(long, conflicts_with = "schedule")]
+    internals: bool,
+    /// The picture [default: loss.png, internals.png or schedule.png]
     #[arg(long, value_name = "FILE.png")]
     out: Option<PathBuf>,
     /// Draw learning rate, weight decay and sequence length of a configuration over its steps instead
@@ -37,8 +43,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let out = match args.schedule {
         None => {
             let runs: Vec<Run> = args.runs.iter().map(|path| read(path)).collect::<Result<_, _>>()?;
-            let out = out("loss.png");
-            plot(&runs, &out)?;
+            let out = out(if args.internals { "internals.png" } else { "loss.png" });
+            match &runs[..] {
+                runs if !args.internals => plot(runs, &out)?,
+                [run] => plot_internals(run, &out)?,
+                _ => return Err(UsageError("--internals draws the layers of one run: name that alone".into()).into()),
+            }
             out
         }
         Some(path) => {

@@ -250,6 +250,7 @@ mod tests {
             bytes_per_second: 3400.0,
             skipped_steps: 0,
             loss_scale: None,
+            mfu: None,
             data_wait: 0.0,
             peak_memory_bytes: 0,
         }

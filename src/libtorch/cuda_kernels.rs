@@ -1,7 +1,7 @@
 //! The CUDA kernels (`kernels/cuda/`), which are compiled by libtorch's NVRTC on the machine that runs them. A GPU's
-//! first use of them does that by itself.
+//! first use of them does that by itself. And what the driver calls a GPU.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -20,4 +20,17 @@ pub fn compile_cuda_kernels(architecture: &str, cache: &Path) -> Result<usize, E
     // SAFETY: two NUL-terminated strings that live through the call, and a place for one number.
     ffi::check(unsafe { ffi::bbt_cuda_kernels(architecture.as_ptr(), cache.as_ptr(), &mut bytes) })?;
     Ok(bytes)
+}
+
+/// What the driver calls CUDA device `index`, such as `NVIDIA H100 80GB HBM3`.
+///
+/// # Errors
+/// The driver's own, where it or the device is absent.
+pub fn cuda_name(index: usize) -> Result<String, Error> {
+    let mut name = [0; 256];
+    let index = i32::try_from(index).map_err(|_| Error(format!("no CUDA device {index}")))?;
+    // SAFETY: room for so many bytes, into which a NUL-terminated string is written.
+    ffi::check(unsafe { ffi::bbt_cuda_name(index, name.as_mut_ptr().cast(), name.len() as i32) })?;
+    let name = CStr::from_bytes_until_nul(&name).map_err(|error| Error(error.to_string()))?;
+    Ok(name.to_string_lossy().into_owned())
 }

@@ -48,6 +48,7 @@ unsafe extern "C" {
         clipped: c_int,
         dtype: c_int,
         outputs: *mut *mut C_tensor,
+        scales: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_rope(
         isa: c_int,
@@ -65,6 +66,10 @@ unsafe extern "C" {
     pub fn bbt_mark_written(tensors: *const *const C_tensor, n: usize) -> *mut c_char;
     pub fn bbt_is_grad_enabled() -> c_int;
     pub fn bbt_tensor_version(tensor: *const C_tensor, version: *mut i64) -> *mut c_char;
+    pub fn bbt_cuda_graph_begin(device: c_int, graph: *mut *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_end(graph: *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_replay(graph: *mut c_void) -> *mut c_char;
+    pub fn bbt_cuda_graph_free(graph: *mut c_void);
     pub fn bbt_host_copy_start(tensor: *const C_tensor, copy: *mut *mut c_void) -> *mut c_char;
     pub fn bbt_host_copy_wait(copy: *mut c_void, tensor: *mut *mut C_tensor) -> *mut c_char;
     pub fn bbt_host_copy_free(copy: *mut c_void);
@@ -82,7 +87,7 @@ unsafe extern "C" {
         eps: f64,
         found_inf: *const C_tensor,
     ) -> *mut c_char;
-    pub fn bbt_foreach_norm(tensors: *const *const C_tensor, n: usize, norm: *mut *mut C_tensor) -> *mut c_char;
+    pub fn bbt_foreach_norms(tensors: *const *const C_tensor, n: usize, norms: *mut *mut C_tensor) -> *mut c_char;
     pub fn bbt_foreach_mul(tensors: *const *const C_tensor, n: usize, factor: *const C_tensor) -> *mut c_char;
     pub fn bbt_amp_unscale(
         grads: *const *const C_tensor,
@@ -166,6 +171,7 @@ unsafe extern "C" {
         overlap: *mut i64,
     ) -> *mut c_char;
     pub fn bbt_cuda_memory(index: c_int, free: *mut u64, total: *mut u64, peak: *mut u64) -> *mut c_char;
+    pub fn bbt_cuda_name(index: c_int, name: *mut c_char, size: c_int) -> *mut c_char;
     pub fn bbt_cuda_kernels(architecture: *const c_char, cache: *const c_char, bytes: *mut usize) -> *mut c_char;
 }
 

@@ -63,18 +63,19 @@ pub fn fused_adamw(
     mark_written(params)
 }
 
-/// The L2 norm of all `tensors` taken as one vector: fp32 `[]`, on their device.
+/// The L2 norm of each of the n `tensors`: fp32 `[n]`, on their device. The norm of these is that of all of them
+/// taken as one vector, as `torch.nn.utils.get_total_norm` computes it.
 ///
 /// # Errors
 /// An empty list, or libtorch's own error.
-pub fn foreach_norm(tensors: &[Tensor]) -> Result<Tensor, Error> {
+pub fn foreach_norms(tensors: &[Tensor]) -> Result<Tensor, Error> {
     let _no_grad = tch::no_grad_guard();
     let list = ffi::pointers(tensors);
-    let mut norm = std::ptr::null_mut();
+    let mut norms = std::ptr::null_mut();
     // SAFETY: a list of live tensors. On success the shim has stored one new tensor, which we own.
     unsafe {
-        ffi::check(ffi::bbt_foreach_norm(list.as_ptr(), list.len(), &mut norm))?;
-        Ok(Tensor::from_ptr(norm))
+        ffi::check(ffi::bbt_foreach_norms(list.as_ptr(), list.len(), &mut norms))?;
+        Ok(Tensor::from_ptr(norms))
     }
 }
 

@@ -52,6 +52,16 @@ impl TernaryWeight {
         }
     }
 
+    /// -1, 0 and 1: `[out, in]` int8.
+    pub fn codes(&self) -> &Tensor {
+        &self.codes
+    }
+
+    /// mean|w|, at least 1e-8: `[]` fp32.
+    pub fn gamma(&self) -> &Tensor {
+        &self.gamma
+    }
+
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         Self {
@@ -105,6 +115,21 @@ pub fn bit_linear(
     bit_linear_with(CpuKernels::chosen()?, x, prologue, weights, clipped, kind)
 }
 
+/// [`bit_linear`], and the scales of the activations, which it has anyway: `[N]` fp32 for the N tokens, in order, without
+/// a gradient; 127 times a scale is the largest absolute value of its row, at least 1e-8, after the prologue.
+///
+/// # Errors
+/// As [`bit_linear`].
+pub fn bit_linear_and_scales(
+    x: &Tensor,
+    prologue: Prologue,
+    weights: &[(&Tensor, &TernaryWeight)],
+    clipped: bool,
+    kind: Kind,
+) -> Result<(Vec<Tensor>, Tensor), Error> {
+    all_of_bit_linear(CpuKernels::chosen()?, x, prologue, weights, clipped, kind)
+}
+
 fn bit_linear_with(
     kernels: CpuKernels,
     x: &Tensor,
@@ -113,6 +138,17 @@ fn bit_linear_with(
     clipped: bool,
     kind: Kind,
 ) -> Result<Vec<Tensor>, Error> {
+    Ok(all_of_bit_linear(kernels, x, prologue, weights, clipped, kind)?.0)
+}
+
+fn all_of_bit_linear(
+    kernels: CpuKernels,
+    x: &Tensor,
+    prologue: Prologue,
+    weights: &[(&Tensor, &TernaryWeight)],
+    clipped: bool,
+    kind: Kind,
+) -> Result<(Vec<Tensor>, Tensor), Error> {
     check_bit_linear(x, prologue, weights, kind)?;
     let (number, norm_weight, eps) = match prologue {
         Prologue::None => (0, ptr::null(), 0.0),
@@ -132,8 +168,9 @@ fn bit_linear_with(
         })
         .collect();
     let mut outputs = vec![ptr::null_mut(); weights.len()];
+    let mut scales = ptr::null_mut();
     // SAFETY: live tensors of one device, of the dtypes and shapes that the kernels expect, four to a weight, and room
-    // for a pointer to a new tensor each, which we own. This CPU runs `kernels`.
+    // for a pointer to a new tensor each and to one more, which we own. This CPU runs `kernels`.
     unsafe {
         ffi::check(ffi::bbt_bit_linear(
             kernels.number(),
@@ -146,8 +183,9 @@ fn bit_linear_with(
             c_int::from(clipped),
             dtype,
             outputs.as_mut_ptr(),
+            &mut scales,
         ))?;
-        Ok(outputs.into_iter().map(|output| Tensor::from_ptr(output)).collect())
+        Ok((outputs.into_iter().map(|output| Tensor::from_ptr(output)).collect(), Tensor::from_ptr(scales)))
     }
 }
 

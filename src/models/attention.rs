@@ -65,6 +65,12 @@ impl Attention {
         }
     }
 
+    /// The quantized layers by name, in the order of the parameters.
+    pub(super) fn layers(&self) -> [(&'static str, &BitLinear); 4] {
+        let Self { q_proj, k_proj, v_proj, o_proj, .. } = self;
+        [("q_proj", q_proj), ("k_proj", k_proj), ("v_proj", v_proj), ("o_proj", o_proj)]
+    }
+
     pub(super) fn freeze(&mut self) {
         for projection in [&mut self.q_proj, &mut self.k_proj, &mut self.v_proj, &mut self.o_proj] {
             projection.freeze();

@@ -13,6 +13,7 @@ use tch::{Tensor, nn};
 use super::block::RMS_EPS;
 use super::{Block, LayerCache, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig, QuantKernel, VOCAB_SIZE};
+use crate::quantization::BitLinear;
 
 /// The language model.
 #[derive(Debug)]
@@ -69,6 +70,13 @@ impl BitByteLM {
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The quantized layers by PyTorch's names, such as `blocks.0.attn.q_proj`, in the order of the parameters.
+    pub fn layers(&self) -> Vec<(String, &BitLinear)> {
+        let blocks = self.blocks.iter().enumerate();
+        let layers = blocks.flat_map(|(i, block)| block.layers().map(move |layer| (i, layer)));
+        layers.map(|(i, (name, layer))| (format!("blocks.{i}.{name}"), layer)).collect()
     }
 
     /// Logits of the byte that follows each position.

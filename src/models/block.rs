@@ -5,6 +5,7 @@ use tch::{Tensor, nn};
 use super::{Attention, LayerCache, Mlp, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig};
 use crate::libtorch::recompute_in_backward;
+use crate::quantization::BitLinear;
 
 /// Epsilon of every RMSNorm of the model.
 pub(super) const RMS_EPS: f64 = 1e-6;
@@ -51,6 +52,13 @@ impl Block {
     pub(super) fn set_quantization(&mut self, lambda: f64) {
         self.attn.set_quantization(lambda);
         self.mlp.set_quantization(lambda);
+    }
+
+    /// The quantized layers by name, in the order of the parameters.
+    pub(super) fn layers(&self) -> impl Iterator<Item = (String, &BitLinear)> {
+        let attention = self.attn.layers().map(|(name, layer)| (format!("attn.{name}"), layer));
+        let mlp = self.mlp.layers().map(|(name, layer)| (format!("mlp.{name}"), layer));
+        attention.into_iter().chain(mlp)
     }
 
     pub(super) fn freeze(&mut self) {

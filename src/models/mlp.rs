@@ -36,6 +36,11 @@ impl Mlp {
         self.down.set_quantization(lambda);
     }
 
+    /// The quantized layers by name, in the order of the parameters.
+    pub(super) fn layers(&self) -> [(&'static str, &BitLinear); 2] {
+        [("gate_up", &self.gate_up), ("down", &self.down)]
+    }
+
     pub(super) fn freeze(&mut self) {
         self.gate_up.freeze();
         self.down.freeze();

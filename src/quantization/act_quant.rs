@@ -4,13 +4,21 @@ use tch::{Kind, Tensor};
 
 use super::ternary_quant::SMALLEST_SCALE;
 
+/// The largest absolute value of each vector of `x` along the last dimension, at least 1e-8: what its scale is made of.
+///
+/// # Shapes
+/// `x`: `[..., D]` fp32 → `[..., 1]`.
+pub(super) fn row_absmax(x: &Tensor) -> Tensor {
+    x.abs().amax([-1], true).clamp_min(SMALLEST_SCALE)
+}
+
 /// The quantized values of `x`, one scale absmax / 127 for each vector along the last dimension.
 ///
 /// # Shapes
 /// `x`: `[..., D]` fp32 → the same. No gradient flows through.
 pub fn act_quant(x: &Tensor) -> Tensor {
     let x = x.detach();
-    let scale = x.abs().amax([-1], true).clamp_min(SMALLEST_SCALE) / 127.0;
+    let scale = row_absmax(&x) / 127.0;
     (x / &scale).round().clamp(-127, 127) * scale
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::{Device, Kind, Tensor, nn};
 
+use super::act_quant::row_absmax;
 use super::kernel_choice::{self, Shape};
 use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, act_quant_through_scale, ternary_quant};
 use crate::config::{ActQuant, ActSte, QuantConfig, QuantKernel, Ste, WeightQuant};
@@ -29,6 +30,16 @@ pub struct BitLinear {
     /// The quantized weight, once [`BitLinear::freeze`] was called.
     frozen: Option<Tensor>,
     ternary: Arc<TernaryCache>,
+    probe: Arc<Mutex<Probe>>,
+}
+
+/// What is kept of a layer's input for a look inside.
+#[derive(Debug, Default)]
+enum Probe {
+    #[default]
+    Off,
+    /// What the last forward found, `[N]` fp32.
+    On(Option<Tensor>),
 }
 
 /// The weight as the fused kernels take it, quantized once for all microbatches and recomputations of a step: it is
@@ -72,6 +83,7 @@ impl BitLinear {
             lambda: 1.0,
             frozen: None,
             ternary: Arc::default(),
+            probe: Arc::default(),
         }
     }
 
@@ -92,6 +104,10 @@ impl BitLinear {
 
     fn by_reference<const N: usize>(layers: [&Self; N], input: Input) -> [Tensor; N] {
         let x = input.reference();
+        if layers.iter().any(|layer| layer.is_probed()) {
+            let absmax = row_absmax(&x.detach().to_kind(Kind::Float)).view([-1]);
+            layers.iter().for_each(|layer| layer.note(&absmax));
+        }
         layers.map(|layer| layer.reference(&x))
     }
 
@@ -104,14 +120,24 @@ impl BitLinear {
         let ternary = layers.map(|layer| layer.ternary.get(&layer.weight));
         let weights: [_; N] = std::array::from_fn(|i| (&layers[i].weight, &ternary[i]));
         let clipped = layers.iter().all(|layer| layer.quant.ste == Ste::Clipped);
-        let mut outputs = done(libtorch::bit_linear(x, prologue, &weights, clipped, output_kind(x))).into_iter();
+        let (outputs, scales) = done(libtorch::bit_linear_and_scales(x, prologue, &weights, clipped, output_kind(x)));
+        if layers.iter().any(|layer| layer.is_probed()) {
+            let absmax = scales * 127.0;
+            layers.iter().for_each(|layer| layer.note(&absmax));
+        }
+        let mut outputs = outputs.into_iter();
         std::array::from_fn(|_| outputs.next().expect("an output for each weight"))
+    }
+
+    /// Whether the fused kernels compute such a layer on `device`.
+    fn has_fused(&self, device: Device) -> bool {
+        let fits = self.quant.may_fuse() && self.lambda == 1.0 && self.bias.is_none();
+        fits && matches!(device, Device::Cpu | Device::Cuda(_))
     }
 
     fn is_fused<const N: usize>(layers: [&Self; N], input: Input) -> bool {
         let x = input.tensor();
-        let fits = |layer: &&Self| layer.quant.may_fuse() && layer.lambda == 1.0 && layer.bias.is_none();
-        if !layers.iter().all(fits) || !matches!(x.device(), Device::Cpu | Device::Cuda(_)) {
+        if !layers.iter().all(|layer| layer.has_fused(x.device())) {
             return false;
         }
         if layers.iter().any(|layer| layer.quant.kernel == QuantKernel::Fused) {
@@ -140,9 +166,50 @@ impl BitLinear {
         kernel_choice::is_fused(shape, &|| run(Self::fused), &|| run(Self::by_reference))
     }
 
-    /// The same layer, with another gradient.
+    /// The same layer, with another gradient, and unobserved.
     fn detached(&self) -> Self {
-        Self { weight: self.weight.detach().set_requires_grad(true), ..self.shallow_clone() }
+        let weight = self.weight.detach().set_requires_grad(true);
+        Self { weight, probe: Arc::default(), ..self.shallow_clone() }
+    }
+
+    /// From here to [`BitLinear::take_input_absmax`], the last forward of this layer, and of other handles to it, keeps
+    /// the largest absolute value of each row of its input.
+    pub fn probe_input(&self) {
+        *self.probe.lock().unwrap_or_else(PoisonError::into_inner) = Probe::On(None);
+    }
+
+    /// Ends what [`BitLinear::probe_input`] began: `[N]` fp32 for the N tokens of the last forward since, as they were
+    /// quantized, after norm or gate, at least 1e-8. None where there was no forward.
+    pub fn take_input_absmax(&self) -> Option<Tensor> {
+        match std::mem::take(&mut *self.probe.lock().unwrap_or_else(PoisonError::into_inner)) {
+            Probe::Off => None,
+            Probe::On(absmax) => absmax,
+        }
+    }
+
+    fn is_probed(&self) -> bool {
+        matches!(*self.probe.lock().unwrap_or_else(PoisonError::into_inner), Probe::On(_))
+    }
+
+    fn note(&self, absmax: &Tensor) {
+        if let Probe::On(noted) = &mut *self.probe.lock().unwrap_or_else(PoisonError::into_inner) {
+            *noted = Some(absmax.shallow_clone());
+        }
+    }
+
+    /// The weight in its three values as forward multiplies with it now: codes of -1, 0 and 1, `[out, in]` int8, and
+    /// gamma, `[]` fp32. None where weights are in full precision.
+    pub fn ternary(&self) -> Option<(Tensor, Tensor)> {
+        if self.quant.weight == WeightQuant::None {
+            return None;
+        }
+        if self.has_fused(self.weight.device()) {
+            // Of the last forward, which has cached it.
+            let ternary = self.ternary.get(&self.weight);
+            return Some((ternary.codes().shallow_clone(), ternary.gamma().shallow_clone()));
+        }
+        let (values, gamma) = ternary_quant(&self.weight);
+        Some(((values / &gamma).round().to_kind(Kind::Int8), gamma))
     }
 
     fn reference(&self, x: &Tensor) -> Tensor {
@@ -196,6 +263,7 @@ impl BitLinear {
             lambda: self.lambda,
             frozen: self.frozen.as_ref().map(Tensor::shallow_clone),
             ternary: self.ternary.clone(),
+            probe: self.probe.clone(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A run's log: `metrics.jsonl`, one JSON object a line ([JSON Lines](https://jsonlines.org)).
 //!
-//! A line with a `val_loss` is a validation, any other a training step. JSON has no NaN, so a number
+//! A line with a `val_loss` is a validation, one with `layers` a look inside, any other a training step. JSON has no NaN, so a number
 //! that is not finite is written as `null` and read back as NaN. A run that goes on from a checkpoint
 //! first drops what was logged after it, so that every step stands in the log once.
 
@@ -67,6 +67,10 @@ pub struct TrainRow {
     /// Scale of the loss in float16; absent in other precisions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
+    /// Model FLOPs utilisation since the last logged step, 0 to 1, over all ranks' devices
+    /// ([`flops_per_byte`](super::utilisation::flops_per_byte)); null where the device's peak is not known.
+    #[serde(default)]
+    pub mfu: Option<f64>,
     /// Fraction of the time since the last logged step that was spent waiting for data, 0 to 1.
     #[serde(deserialize_with = "null_as_nan")]
     pub data_wait: f64,
@@ -89,6 +93,48 @@ pub struct ValRow {
     pub bytes: u64,
 }
 
+/// A look inside the model, at one step: with the weights before its update, on the inputs of all its micro-batches on
+/// rank 0, at its gradient before clipping, averaged over ranks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InternalsRow {
+    /// Which step, the first being 0.
+    pub step: u64,
+    /// The layers in the order of PyTorch's `parameters()`, of which each has one, its `weight`.
+    pub layers: Vec<LayerRow>,
+}
+
+/// A layer in an [`InternalsRow`]. Only quantized layers have more than a gradient; what is not known, or not a finite
+/// number, is left out.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct LayerRow {
+    /// PyTorch's name of the module, such as `blocks.0.attn.q_proj`.
+    pub name: String,
+    /// L2 norm of the gradient of its weight.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub grad_norm: f64,
+    /// Fraction of its weights that are quantized to 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero: Option<f64>,
+    /// Fraction at +1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plus: Option<f64>,
+    /// Fraction at -1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minus: Option<f64>,
+    /// Fraction that is another of the three than at the last look; absent in a process's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flips: Option<f64>,
+    /// Mean absolute value of its weights, to which they are scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gamma: Option<f64>,
+    /// Largest absolute value in its input, which is what it quantizes: after norm or gate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_absmax: Option<f64>,
+    /// Mean over tokens of each token's largest absolute value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_absmax_mean: Option<f64>,
+}
+
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Row {
@@ -96,6 +142,8 @@ pub enum Row {
     Train(TrainRow),
     /// A validation.
     Val(ValRow),
+    /// A look inside.
+    Internals(InternalsRow),
 }
 
 impl Row {
@@ -104,6 +152,7 @@ impl Row {
         match self {
             Row::Train(row) => row.step,
             Row::Val(row) => row.step,
+            Row::Internals(row) => row.step,
         }
     }
 
@@ -111,6 +160,8 @@ impl Row {
         let object: serde_json::Value = serde_json::from_str(line)?;
         if object.get("val_loss").is_some() {
             serde_json::from_value(object).map(Row::Val)
+        } else if object.get("layers").is_some() {
+            serde_json::from_value(object).map(Row::Internals)
         } else {
             serde_json::from_value(object).map(Row::Train)
         }
@@ -125,6 +176,8 @@ fn null_as_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
 pub trait TrainObserver {
     /// A step that was logged.
     fn on_step(&mut self, _row: &TrainRow) {}
+    /// A look inside.
+    fn on_internals(&mut self, _row: &InternalsRow) {}
     /// A validation.
     fn on_validation(&mut self, _row: &ValRow) {}
     /// Something a person should read, such as that a checkpoint was written.
@@ -194,6 +247,14 @@ impl MetricsWriter {
         self.append(row)
     }
 
+    /// Logs a look inside.
+    ///
+    /// # Errors
+    /// [`MetricsError::Io`].
+    pub fn internals(&mut self, row: &InternalsRow) -> Result<(), MetricsError> {
+        self.append(row)
+    }
+
     fn append(&mut self, row: &impl Serialize) -> Result<(), MetricsError> {
         let line = serde_json::to_string(row).map_err(io::Error::from);
         // One write a row: a run that dies leaves at most its last line unfinished.
@@ -249,6 +310,7 @@ mod tests {
             bytes_per_second: 3400.0,
             skipped_steps: 0,
             loss_scale: None,
+            mfu: None,
             data_wait: 0.01,
             peak_memory_bytes: 1 << 30,
         }

@@ -2,6 +2,8 @@
 
 pub mod ddp;
 pub mod evaluation;
+mod graph;
+mod internals;
 pub mod loss;
 pub mod lr_scheduler;
 pub mod metrics;
@@ -9,6 +11,7 @@ mod parallel;
 mod run_dir;
 pub mod tensorboard;
 mod trainer;
+pub mod utilisation;
 mod watch;
 mod zero;
 

@@ -134,15 +134,32 @@ impl Parallel {
 
     /// Makes the micro-batches' loss, the gradient's norm, whether a gradient is not finite, and whether to
     /// stop, the same on every rank: the mean, the norm over all parts, and whether on any rank. One small
-    /// all-reduce. All fp32 `[]` on the model's device; `norm` and `found_inf` are of this rank's gradients.
+    /// all-reduce. All fp32 `[]` on the model's device; `norm` and `found_inf` are of this rank's gradients. If `norms`
+    /// are asked for, the same message carries what the norm of each parameter's gradient is made of, where no rank has
+    /// it whole.
     ///
     /// # Errors
     /// A rank is lost.
-    pub fn agree(&self, loss: &Tensor, norm: &Tensor, found_inf: &Tensor, stop: bool) -> Result<Agreed, DdpError> {
+    pub fn agree(
+        &self,
+        loss: &Tensor,
+        norm: &Tensor,
+        found_inf: &Tensor,
+        stop: bool,
+        norms: bool,
+    ) -> Result<Agreed, DdpError> {
         let squared = norm.to_kind(Kind::Double).square();
         let stop = Tensor::full([], if stop { 1.0 } else { 0.0 }, (Kind::Double, loss.device()));
         let of_rank = [loss.to_kind(Kind::Double), squared, found_inf.to_kind(Kind::Double), stop];
-        let sums = Tensor::stack(&of_rank, 0);
+        let mut sums = Tensor::stack(&of_rank, 0);
+        let sharded = match &self.averaging {
+            Averaging::Sharded(shards) if norms => Some(shards),
+            _ => None,
+        };
+        if let Some(shards) = sharded {
+            let own = |source| DdpError::Lost { rank: self.ddp.rank(), source };
+            sums = Tensor::cat(&[sums, shards.squared_norms().map_err(own)?], 0);
+        }
         self.ddp.collective(|| self.group.all_reduce(&sums, ReduceOp::Sum))?;
         let norm = match &self.averaging {
             // Every rank has the whole gradient, the same.
@@ -154,6 +171,7 @@ impl Parallel {
             norm,
             found_inf: sums.get(2).gt(0.0).to_kind(Kind::Float),
             stop: sums.get(3),
+            norms: sharded.map(|_| sums.narrow(0, 4, sums.size()[0] - 4).sqrt()),
         })
     }
 
@@ -256,6 +274,8 @@ pub struct Agreed {
     pub found_inf: Tensor,
     /// More than 0 where any rank was asked to stop, fp64 `[]`.
     pub stop: Tensor,
+    /// L2 norm of each parameter's gradient, fp64 `[P]`, if asked for and gradients are sharded: else this rank has them.
+    pub norms: Option<Tensor>,
 }
 
 /// Sees that every rank has rank 0's parameters: their shapes and a checksum of their bytes.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
-use super::metrics::{TrainRow, ValRow};
+use super::metrics::{InternalsRow, LayerRow, TrainRow, ValRow};
 
 /// An event file that cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +120,7 @@ impl TensorBoardWriter {
     }
 
     /// Writes a training step: `train/loss`, `train/bits_per_byte` and so on, and `train/loss_scale`
-    /// where there is one.
+    /// and `train/mfu` where there is one.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -137,6 +137,7 @@ impl TensorBoardWriter {
             ("train/peak_memory_bytes", row.peak_memory_bytes as f64),
         ];
         scalars.extend(row.loss_scale.map(|scale| ("train/loss_scale", scale)));
+        scalars.extend(row.mfu.map(|mfu| ("train/mfu", mfu)));
         self.scalars(row.step, &scalars)
     }
 
@@ -146,6 +147,31 @@ impl TensorBoardWriter {
     /// The file cannot be written.
     pub fn validation(&mut self, row: &ValRow) -> Result<(), TensorBoardError> {
         self.scalars(row.step, &[("val/loss", row.val_loss), ("val/bits_per_byte", row.val_bits_per_byte)])
+    }
+
+    /// Writes a look inside. TensorBoard makes a group of what stands before the slash, and sorts groups by name: behind
+    /// `train` and `val` comes one for each number, with a chart for each layer, such as
+    /// `weight_zero/blocks.0.attn.q_proj`.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn internals(&mut self, row: &InternalsRow) -> Result<(), TensorBoardError> {
+        let of_layer = |layer: &LayerRow| {
+            let numbers = [
+                ("weight_grad_norm", Some(layer.grad_norm)),
+                ("weight_zero", layer.zero),
+                ("weight_plus", layer.plus),
+                ("weight_minus", layer.minus),
+                ("weight_flips", layer.flips),
+                ("weight_gamma", layer.gamma),
+                ("x_absmax", layer.input_absmax),
+                ("x_absmax_mean", layer.input_absmax_mean),
+            ];
+            numbers.map(|(group, number)| number.map(|number| (format!("{group}/{}", layer.name), number)))
+        };
+        let scalars: Vec<(String, f64)> = row.layers.iter().flat_map(of_layer).flatten().collect();
+        let scalars: Vec<(&str, f64)> = scalars.iter().map(|(tag, number)| (tag.as_str(), *number)).collect();
+        self.scalars(row.step, &scalars)
     }
 
     fn scalars(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<(), TensorBoardError> {

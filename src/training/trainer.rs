@@ -13,17 +13,20 @@ use tracing::warn;
 
 use super::ddp::{Ddp, DdpError};
 use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
+use super::graph::BackwardGraph;
+use super::internals::{Inputs, Internals};
 use super::loss::{BITS_PER_NAT, cross_entropy, training_loss};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step, weight_decay_for_step};
-use super::metrics::{MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
+use super::metrics::{InternalsRow, MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
 use super::parallel::Parallel;
 use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
+use super::utilisation::{flops_per_byte, peak_tflops};
 use super::watch::Phase;
-use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint};
+use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint, parameter_names};
 use crate::config::{Config, ConfigError, Decay, OptimizerName, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
-use crate::libtorch::{self, HostCopy, cuda_memory, foreach_norm, host_memory};
+use crate::libtorch::{self, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::decay::DecayingTensors;
@@ -153,6 +156,8 @@ struct Restored {
 pub struct Trainer {
     // First: its hooks sit on the parameters below.
     parallel: Option<Parallel>,
+    /// Where `train.cuda_graph` asks for it and there is one GPU.
+    graph: Option<BackwardGraph>,
     config: Config,
     run: RunDir,
     device: Device,
@@ -167,6 +172,9 @@ pub struct Trainer {
     progress: Progress,
     /// The newest checkpoint that is known to be good.
     checkpoint: Option<PathBuf>,
+    internals: Internals,
+    /// What the devices of all ranks can do together, FLOP/s, where that is known.
+    peak: Option<f64>,
     /// How many steps the device may be behind the host, which so need not wait for it.
     lag: usize,
 }
@@ -183,7 +191,7 @@ struct Step {
     seq_len: i64,
     /// Bytes of the run up to and with this step.
     bytes_seen: u64,
-    /// What [`Done`] is made of: fp64 `[4]`.
+    /// What [`Done`] is made of: fp64 `[4]`, and behind it what there is of a look inside.
     numbers: HostCopy,
 }
 
@@ -197,6 +205,8 @@ struct Done {
     skipped: bool,
     /// Whether the run shall end after it.
     stop: bool,
+    /// A look inside, where it is due; on rank 0 only.
+    internals: Option<InternalsRow>,
 }
 
 impl Trainer {
@@ -302,8 +312,17 @@ impl Trainer {
         };
         let run = RunDir::new(&config.train.out);
         let progress = restored.progress;
+        let internals = Internals::new(config.train.internals_every, &parameter_names(&config.model), &model);
+        let devices = parallel.as_ref().map_or(1, |parallel: &Parallel| parallel.ddp().world_size());
+        let peak = peak(&config.train, device).map(|peak| peak * devices as f64);
+        let graph = match device {
+            Device::Cuda(index) if parallel.is_none() => Some(index),
+            _ => None,
+        };
+        let graph = graph.filter(|_| config.train.cuda_graph).map(BackwardGraph::new);
         let mut trainer = Self {
             parallel,
+            graph,
             config,
             run,
             device,
@@ -316,6 +335,8 @@ impl Trainer {
             val_set,
             progress,
             checkpoint,
+            internals,
+            peak,
             // The CPU has done a step when the call returns.
             lag: usize::from(device.is_cuda()),
         };
@@ -397,6 +418,9 @@ impl Trainer {
         let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
         let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
 
+        if self.config.train.cuda_graph && self.graph.is_none() {
+            observer.on_message("train.cuda_graph is for one GPU: this run does without");
+        }
         let mut loader = self.loader(end)?;
 
         // Only rank 0 writes.
@@ -420,7 +444,13 @@ impl Trainer {
             let seq_len = seq_len_for_step(step, total, &self.config.data.curriculum());
             let bytes_before = self.progress.bytes_seen;
             pending.push_back(self.step(seq_len, &mut loader, interrupt)?);
-            since.bytes += self.progress.bytes_seen - bytes_before;
+            if let Some(error) = self.graph.as_mut().and_then(BackwardGraph::take_refusal) {
+                warn!(%error, "not recorded as a graph");
+                observer.on_message(&format!("train.cuda_graph: cannot be recorded, this run does without: {error}"));
+            }
+            let bytes = self.progress.bytes_seen - bytes_before;
+            since.bytes += bytes;
+            since.flops += bytes as f64 * flops_per_byte(&self.config.model, seq_len);
             let completed = self.progress.completed;
             let last = completed == total;
             let log_due = |step: u64| step.is_multiple_of(log_every) || step + 1 == total;
@@ -447,6 +477,11 @@ impl Trainer {
                         board.train(&row)?;
                         observer.on_step(&row);
                     }
+                }
+                if let (Some(row), Some((metrics, board))) = (&done.internals, &mut logs) {
+                    metrics.internals(row)?;
+                    board.internals(row)?;
+                    observer.on_internals(row);
                 }
                 if self.progress.skipped_in_a_row >= self.config.train.max_nonfinite {
                     let (skipped, checkpoint) = (self.progress.skipped_in_a_row, self.checkpoint.clone());
@@ -501,8 +536,14 @@ impl Trainer {
         let accumulate = self.config.train.grad_accum;
         match &mut self.parallel {
             Some(parallel) => parallel.zero_grad(&mut self.optimizer),
+            // A graph adds to the gradients where they are.
+            None if self.graph.is_some() => self.optimizer.zero_grad(),
             None => self.optimizer.drop_grad()?,
         }
+        let step = self.progress.completed;
+        let reported = self.internals.is_due(step);
+        let lambda = self.config.quant.lambda(step, self.config.train.steps);
+        let mut inputs = (reported && self.is_main()).then(Inputs::default);
         let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
         let mut bytes = 0;
         for micro in 0..accumulate {
@@ -511,25 +552,36 @@ impl Trainer {
             let Some(batch) = loader.next() else { unreachable!("the loader's plan ended before the run") };
             let batch = batch.map_err(in_train_data)?;
             self.enter(Phase::Computing);
-            let (inputs, targets) = inputs_and_targets(&batch.bytes, batch.rows, self.device);
+            let (tokens, targets) = inputs_and_targets(&batch.bytes, batch.rows, self.device);
             let synchronising = self.parallel.as_ref().filter(|_| micro + 1 == accumulate);
             if let Some(parallel) = synchronising {
                 parallel.prepare_for_forward()?;
             }
-            let logits = autocast(self.device, self.config.train.precision, || self.model.forward(&inputs))?;
-            let loss = training_loss(self.config.quant.kernel, &logits, &targets)?;
-            loss_sum += loss.detach();
-            let loss = loss / accumulate as f64;
-            let loss = self.scaler.as_ref().map_or(loss.shallow_clone(), |scaler| scaler.scale(&loss));
-            if let Some(parallel) = synchronising {
-                parallel.prepare_for_backward()?;
-            }
-            match &self.parallel {
-                None => loss.backward(),
-                Some(parallel) => {
-                    backward(&loss).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
+            let recordable = inputs.is_none() && lambda == 1.0;
+            let mut forward_backward = |tokens: &Tensor, targets: &Tensor| -> Result<Tensor, TrainError> {
+                let forward = || autocast(self.device, self.config.train.precision, || self.model.forward(tokens));
+                let logits = match &mut inputs {
+                    Some(inputs) => inputs.watch(&self.model, forward)?,
+                    None => forward()?,
+                };
+                let loss = training_loss(self.config.quant.kernel, &logits, targets)?;
+                let scaled = &loss / accumulate as f64;
+                let scaled = self.scaler.as_ref().map_or(scaled.shallow_clone(), |scaler| scaler.scale(&scaled));
+                if let Some(parallel) = synchronising {
+                    parallel.prepare_for_backward()?;
                 }
-            }
+                match &self.parallel {
+                    None => scaled.backward(),
+                    Some(parallel) => {
+                        backward(&scaled).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
+                    }
+                }
+                Ok(loss.detach())
+            };
+            loss_sum += match &mut self.graph {
+                Some(graph) if recordable => graph.run(&tokens, &targets, self.optimizer.params(), forward_backward)?,
+                _ => forward_backward(&tokens, &targets)?,
+            };
             bytes += targets.numel() as u64;
             self.progress.position = batch.position_after;
         }
@@ -543,15 +595,18 @@ impl Trainer {
         if let Some(scaler) = &self.scaler {
             scaler.unscale(&grads, &found_inf)?;
         }
-        let mut norm = foreach_norm(&grads)?;
+        let mut norms = foreach_norms(&grads)?;
+        let mut norm = norms.norm();
         let mut stop = Tensor::zeros([], (Kind::Double, self.device));
         if let Some(parallel) = &self.parallel {
-            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst))?;
+            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst), reported)?;
             (loss, norm, found_inf, stop) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.stop);
+            norms = agreed.norms.unwrap_or(norms);
             bytes *= parallel.ddp().world_size() as u64;
         }
         let not_finite = norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float);
         let found_inf = found_inf.maximum(&not_finite);
+        let internals = inputs.map(|inputs| self.internals.gather(&self.model, &inputs, &norms));
         if self.config.optim.grad_clip > 0.0 {
             clip_gradients(&grads, &norm, self.config.optim.grad_clip)?;
         }
@@ -574,19 +629,23 @@ impl Trainer {
         self.progress.bytes_seen += bytes;
         self.set_quantization();
         let numbers = [loss, norm, found_inf, stop].map(|x| x.to_kind(Kind::Double));
-        let numbers = HostCopy::start(&Tensor::stack(&numbers, 0))?;
+        let numbers: Vec<Tensor> = [Tensor::stack(&numbers, 0)].into_iter().chain(internals).collect();
+        let numbers = HostCopy::start(&Tensor::cat(&numbers, 0))?;
         Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, numbers })
     }
 
     /// Waits for the device to be through with a step, and counts it.
     fn settle(&mut self, begun: &Step) -> Result<Done, TrainError> {
-        let mut numbers = [0.0; 4];
-        begun.numbers.wait()?.copy_data(&mut numbers, 4);
-        let [loss, grad_norm, found_inf, stop] = numbers;
+        let arrived = begun.numbers.wait()?;
+        let mut numbers = vec![0.0; arrived.numel()];
+        arrived.copy_data(&mut numbers, arrived.numel());
+        let (&[loss, grad_norm, found_inf, stop], internals) =
+            numbers.split_first_chunk().expect("a step's four numbers come first");
         let skipped = found_inf > 0.0;
         self.progress.skipped += u64::from(skipped);
         self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
-        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0 })
+        let internals = (!internals.is_empty()).then(|| self.internals.row(begun.step, internals));
+        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0, internals })
     }
 
     /// Says what this rank is doing, for the watch.
@@ -641,6 +700,7 @@ impl Trainer {
             seq_len: begun.seq_len,
             bytes_seen: begun.bytes_seen,
             bytes_per_second: lap.bytes_per_second,
+            mfu: self.peak.map(|peak| lap.flops_per_second / peak),
             data_wait: lap.data_wait,
             skipped_steps: self.progress.skipped,
             loss_scale: self.scaler.as_ref().map(|s| s.state().scale),
@@ -707,11 +767,22 @@ fn backward(loss: &Tensor) -> Result<(), libtorch::Error> {
     })
 }
 
+/// Peak of one device in FLOP/s, as it is set or known.
+fn peak(config: &TrainConfig, device: Device) -> Option<f64> {
+    let known = || match device {
+        Device::Cuda(index) => peak_tflops(&cuda_name(index).ok()?, config.precision),
+        _ => None,
+    };
+    config.peak_tflops.or_else(known).map(|tera| tera * 1e12)
+}
+
 /// Time, bytes and waiting since the last row of the log.
 struct Lap {
     began: Instant,
     waited: f64,
     bytes: u64,
+    /// That the model needs for them.
+    flops: f64,
     /// Spent on evaluation and saving, which is not the steps' time.
     aside: Duration,
     running: bool,
@@ -719,12 +790,14 @@ struct Lap {
 
 struct LapTime {
     bytes_per_second: f64,
+    flops_per_second: f64,
     data_wait: f64,
 }
 
 impl Lap {
     fn start(loader: &Loader) -> Self {
-        Self { began: Instant::now(), waited: loader.wait_seconds(), bytes: 0, aside: Duration::ZERO, running: true }
+        let (began, waited) = (Instant::now(), loader.wait_seconds());
+        Self { began, waited, bytes: 0, flops: 0.0, aside: Duration::ZERO, running: true }
     }
 
     /// Ends the lap.
@@ -733,6 +806,7 @@ impl Lap {
         let seconds = self.began.elapsed().saturating_sub(self.aside).as_secs_f64().max(1e-9);
         LapTime {
             bytes_per_second: self.bytes as f64 / seconds,
+            flops_per_second: self.flops / seconds,
             data_wait: (loader.wait_seconds() - self.waited) / seconds,
         }
     }
@@ -756,7 +830,7 @@ pub struct MemoryNeed {
     pub activations: u64,
 }
 
-/// What training `config` takes, in bytes. Activations are estimated from the tensors that autograd
+/// What training `config` takes, in bytes. The codes of the last look inside are a byte a parameter. Activations are estimated from the tensors that autograd
 /// keeps: per layer and token, in values of 4 bytes, 2 d with checkpointing (the inputs of both halves), else about
 /// 9 d + 3 d_ff under fused kernels and 20 d + 8 d_ff under libtorch's; one half of a block is always live, and the
 /// logits three times.
@@ -775,7 +849,8 @@ pub fn memory_need(config: &Config) -> MemoryNeed {
     let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;
     MemoryNeed {
         // Fused kernels keep each weight quantized, in two orders.
-        state: (8u64 + moments + if fused { 2 } else { 0 }).saturating_mul(m.parameters() as u64),
+        state: (8 + moments + if fused { 2 } else { 0 } + u64::from(config.train.internals_every > 0))
+            .saturating_mul(m.parameters() as u64),
         activations: 4u64.saturating_mul(tokens.saturating_mul(values) as u64),
     }
 }
@@ -813,13 +888,19 @@ mod tests {
     use super::*;
     use crate::config::ModelConfig;
 
+    /// Rows of the log, as text: not a number equals nothing.
     #[derive(Default)]
-    struct Rows(Vec<TrainRow>);
+    struct Rows(Vec<String>);
 
     impl TrainObserver for Rows {
         fn on_step(&mut self, row: &TrainRow) {
             // But for what the clock says.
-            self.0.push(TrainRow { bytes_per_second: 0.0, data_wait: 0.0, peak_memory_bytes: 0, ..row.clone() });
+            let row = TrainRow { bytes_per_second: 0.0, data_wait: 0.0, peak_memory_bytes: 0, ..row.clone() };
+            self.0.push(format!("{row:?}"));
+        }
+
+        fn on_internals(&mut self, row: &InternalsRow) {
+            self.0.push(format!("{row:?}"));
         }
     }
 
@@ -829,6 +910,7 @@ mod tests {
         config.data.seq_len = Some(8);
         config.data.train = dir.join("bytes").display().to_string();
         config.train = TrainConfig { steps: 9, batch_size: 2, log_every: 4, save_every: 3, ..config.train };
+        config.train.internals_every = 3;
         config.train.out = dir.join(format!("lag{lag}"));
         change(&mut config);
         std::fs::write(dir.join("bytes"), (0..=255).cycle().take(2000).collect::<Vec<u8>>()).unwrap();
@@ -856,11 +938,8 @@ mod tests {
                 let summary = trainer.train(&mut rows, &AtomicBool::new(false)).unwrap();
                 (rows.0, summary)
             });
-            assert_eq!(rows.len(), lagging_rows.len());
-            for (row, lagging) in rows.iter().zip(&lagging_rows) {
-                // Not a number equals nothing.
-                assert_eq!(format!("{row:?}"), format!("{lagging:?}"));
-            }
+            assert_eq!(rows, lagging_rows);
+            assert!(rows.iter().filter(|row| row.starts_with("InternalsRow")).count() > 1);
             assert_eq!(summary.completed, lagging_summary.completed);
             assert_eq!(prompt.progress, lagging.progress);
             for (name, tensor) in prompt.vs.variables() {

@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{Error, ProcessGroup, mark_written, set_grad};
+use crate::libtorch::{Error, ProcessGroup, foreach_norms, mark_written, set_grad};
 use crate::utils::optim::AdamWState;
 
 /// Parameters and gradients laid out flat, and this rank's part of them.
@@ -107,6 +107,33 @@ impl Shards {
         group.reduce_scatter(&self.grad, &self.grads)?;
         let _ = self.grad.g_div_scalar_(self.ranks as f64);
         Ok(self.grad.shallow_clone())
+    }
+
+    /// This rank's share of each parameter's squared gradient norm, once gradients are reduced: fp64 `[P]` for P
+    /// parameters. The sum over ranks is the whole.
+    ///
+    /// # Errors
+    /// libtorch's own.
+    pub fn squared_norms(&self) -> Result<Tensor, Error> {
+        let part = self.grad.size()[0];
+        let (from, to) = (self.rank * part, (self.rank + 1) * part);
+        // Parameters lie one behind the other: those of this part, too.
+        let (mut start, mut first, mut pieces) = (0, 0, vec![]);
+        for (index, size) in (0..).zip(&self.sizes) {
+            let end = start + size.iter().product::<i64>();
+            let (own_start, own_end) = (from.max(start), to.min(end));
+            if own_start < own_end {
+                first = if pieces.is_empty() { index } else { first };
+                pieces.push(self.grad.narrow(0, own_start - from, own_end - own_start));
+            }
+            start = end;
+        }
+        let squares = Tensor::zeros([self.sizes.len() as i64], (Kind::Double, self.grad.device()));
+        if !pieces.is_empty() {
+            let norms = foreach_norms(&pieces)?.to_kind(Kind::Double);
+            squares.narrow(0, first, pieces.len() as i64).copy_(&norms.square());
+        }
+        Ok(squares)
     }
 
     /// After each rank has stepped its part: gives every rank all of them.

@@ -50,6 +50,11 @@ int cuDeviceGet(int* device, int ordinal) {
   return 0 <= ordinal && ordinal < 2 ? 0 : kNoDevice;
 }
 
+int cuDeviceGetName(char* name, int size, int device) {
+  std::strncpy(name, device == 0 ? "NVIDIA H100 80GB HBM3" : "NVIDIA A100-SXM4-40GB", static_cast<size_t>(size));
+  return 0;
+}
+
 // 9.0 and 8.0.
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   *value = attribute == 75 ? 9 - device : attribute == 76 ? 0 : -1;

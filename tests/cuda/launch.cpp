@@ -2,6 +2,7 @@
 // started in its context, on its stream, from any thread. Prints what is wrong, and fails.
 #include "../../src/libtorch/kernels/cuda/arguments.h"
 #include "../../src/libtorch/shim/cuda_launch.h"
+#include "../../src/libtorch/shim/shim.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
@@ -94,6 +95,11 @@ int main() {
   expect(contains(error([&] { start(gpu(0), "none", 1); }), "none: named symbol not found"), "no such kernel");
   expect(contains(error([&] { start(gpu(2), "sum", 1); }), "device 2: invalid device ordinal"), "no such GPU");
   expect(contains(error([&] { start(at::Device(at::kCPU), "sum", 1); }), "cpu"), "the CPU");
+  char name[32];
+  expect(bbt_cuda_name(1, name, sizeof(name)) == nullptr && name == std::string("NVIDIA A100-SXM4-40GB"), "a name");
+  char* const message = bbt_cuda_name(2, name, sizeof(name));
+  expect(message != nullptr && contains(message, "device 2: invalid device ordinal"), "no such GPU has no name");
+  std::free(message);
   expect(fake<int()>("fake_current_contexts")() == 0, "no context is left");
   std::puts("launches are as they should be");
 }

@@ -53,8 +53,9 @@ void test_layer(const Layer& layer) {
   }
   std::vector<Tensor*> made(layer.weights);
   const int dtype = layer.dtype == at::kFloat ? 0 : layer.dtype == at::kBFloat16 ? 1 : 2;
+  Tensor* scales = nullptr;
   succeed(bbt_bit_linear(3, &x, layer.prologue, layer.prologue == 1 ? &norm : nullptr, eps, given.data(),
-                         layer.weights, layer.clipped, dtype, made.data()),
+                         layer.weights, layer.clipped, dtype, made.data(), &scales),
           what);
   std::vector<Tensor> outputs;
   for (Tensor* output : made) outputs.push_back(owned(output));
@@ -65,6 +66,7 @@ void test_layer(const Layer& layer) {
   const auto rows = layer.prologue == 0   ? kCuda.quantize(flat_x)
                     : layer.prologue == 1 ? kCuda.rms_norm_quantize(flat_x, norm.detach(), eps, rstd)
                                           : kCuda.swiglu_quantize(flat_x);
+  same(owned(scales), rows.scales, what + ": scales");
   for (size_t i = 0; i < layer.weights; ++i) {
     const auto y = kCuda.product(rows, ternary[i], layer.dtype).view(outputs[i].sizes());
     const int64_t out = weights[i].size(0);

@@ -55,6 +55,17 @@ train "$work/plain" "$device" fp32 --no_ckpt
 worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/plain"), $(losses "$work/checkpointed"))))")
 check "checkpointing on and off" "largest difference $worst" "$worst < 0.01"
 
+# Forward and backward recorded as a CUDA graph, also where the shape changes on the way and micro-batches add up.
+for precision in fp32 bf16 fp16; do
+  for graph in false true; do
+    train "$work/graph-$graph-$precision" "$device" $precision --set train.cuda_graph=$graph --set train.internals_every=0 \
+      --set train.grad_accum=2 --set data.seq_len=null --set 'data.curriculum=[[0.0, 32], [0.5, 64]]'
+  done
+  grep "cannot be recorded" "$work/err" && failed=1
+  worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/graph-false-$precision"), $(losses "$work/graph-true-$precision"))))")
+  check "train.cuda_graph $precision" "largest difference $worst" "$worst < 0.01"
+done
+
 train "$work/parts" "$device" fp32 --set train.stop_at=9
 "$bbt" train --config "$work/parts/config.yaml" --set train.stop_at=null --resume auto 2>/dev/null
 worst=$(python3 -c "print(max(abs(a - b) for a, b in zip($(losses "$work/fp32"), $(losses "$work/parts"))))")
@@ -75,6 +86,11 @@ for zero in 0 1; do
   check "one rank, ddp.zero_stage $zero" "largest difference $worst" "$worst < 0.01"
 done
 
+for graph in false true; do
+  "$bbt" train --data "$text" --out "$work/s$graph" --device "$device" --n_layer 6 --d_model 384 --n_head 6 --d_ff 1024 \
+    --seq_len 512 --batch_size 4 --steps 60 --log_every 30 --no_ckpt --set train.cuda_graph=$graph --set train.internals_every=0 2>/dev/null
+  row "6 x 384, 512, cuda_graph $graph" "$(last "$work/s$graph" peak_memory_bytes) bytes" "$(last "$work/s$graph" bytes_per_second) bytes/s"
+done
 for kernel in reference fused; do
   for on in true false; do
     "$bbt" train --data "$text" --out "$work/m$kernel$on" --device "$device" --n_layer 12 --d_model 512 --n_head 8 --d_ff 1408 \

@@ -3,6 +3,7 @@
 #include "cuda_launch.h"
 
 #include "nvrtc.h"
+#include "shim.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
@@ -21,6 +22,7 @@ using Function = void*;
 struct Driver {
   int (*init)(unsigned flags);
   int (*device_get)(int* device, int ordinal);
+  int (*device_name)(char* name, int size, int device);
   int (*device_attribute)(int* value, int attribute, int device);
   int (*primary_context)(Context*, int device);
   int (*push_context)(Context);
@@ -51,6 +53,7 @@ const Driver& driver() {
     Driver f;
     find(library, "cuInit", f.init);
     find(library, "cuDeviceGet", f.device_get);
+    find(library, "cuDeviceGetName", f.device_name);
     find(library, "cuDeviceGetAttribute", f.device_attribute);
     find(library, "cuDevicePrimaryCtxRetain", f.primary_context);
     find(library, "cuCtxPushCurrent_v2", f.push_context);
@@ -71,6 +74,14 @@ void check(int status, const std::string& what) {
   throw std::runtime_error(what + ": " + (text == nullptr ? "CUDA error " + std::to_string(status) : text));
 }
 
+// The driver's handle of CUDA device `index`.
+int driver_device(int index) {
+  int device = 0;
+  check(driver().init(0), "the CUDA driver");
+  check(driver().device_get(&device, index), "CUDA device " + std::to_string(index));
+  return device;
+}
+
 // libtorch's context of the device, current in this thread while this lives. A thread of autograd may have none.
 class Current {
  public:
@@ -87,9 +98,8 @@ class Current {
 class Kernels {
  public:
   explicit Kernels(int index) {
-    int device = 0, major = 0, minor = 0;
-    check(driver().init(0), "the CUDA driver");
-    check(driver().device_get(&device, index), "CUDA device " + std::to_string(index));
+    int major = 0, minor = 0;
+    const int device = driver_device(index);
     check(driver().device_attribute(&major, kMajor, device), "the GPU's compute capability");
     check(driver().device_attribute(&minor, kMinor, device), "the GPU's compute capability");
     // The runtime's own, which libtorch uses: streams and memory belong to it.
@@ -145,4 +155,8 @@ void bbt::cuda::launch(at::Device device, const std::string& name, int64_t block
   check(driver().launch(loaded.function(name), static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(threads), 1,
                         1, 0, stream, parameters, nullptr),
         "starting the CUDA kernel " + name);
+}
+
+extern "C" char* bbt_cuda_name(int index, char* name, int size) {
+  return bbt::guarded([&] { check(driver().device_name(name, size, driver_device(index)), "the GPU's name"); });
 }

@@ -7,7 +7,6 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 
 // One step of torch.optim.AdamW(fused=True): see _fused_adamw in torch/optim/adam.py.
@@ -26,12 +25,9 @@ extern "C" char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* g
   });
 }
 
-// The L2 norm of all tensors taken together, in fp32 [].
-extern "C" char* bbt_foreach_norm(at::Tensor* const* tensors, size_t n, at::Tensor** norm) {
-  return bbt::guarded([&] {
-    const auto norms = at::_foreach_norm(bbt::list(tensors, n), 2);
-    *norm = new at::Tensor(at::linalg_vector_norm(at::stack(norms), 2));
-  });
+// The L2 norm of each tensor, in fp32 [n].
+extern "C" char* bbt_foreach_norms(at::Tensor* const* tensors, size_t n, at::Tensor** norms) {
+  return bbt::guarded([&] { *norms = new at::Tensor(at::stack(at::_foreach_norm(bbt::list(tensors, n), 2))); });
 }
 
 extern "C" char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor) {

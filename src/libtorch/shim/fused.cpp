@@ -61,9 +61,10 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
 
   static size_t prologue_inputs(Prologue prologue) { return prologue == Prologue::kRmsNorm ? 2 : 1; }
 
-  // `inputs`: x, the norm's weight where there is one, then each weight.
+  // `inputs`: x, the norm's weight where there is one, then each weight. `scales`: out, the activations'.
   static variable_list forward(AutogradContext* ctx, const at::TensorList& inputs, Prologue prologue, double eps,
-                               const std::vector<TernaryWeight>& ternary, bool clipped, at::ScalarType dtype) {
+                               const std::vector<TernaryWeight>& ternary, bool clipped, at::ScalarType dtype,
+                               Tensor* scales) {
     const Kernels& kernel = kernels(inputs[0]);
     const Tensor x = flat(inputs[0]);
     Rows rows;
@@ -83,6 +84,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
         of_prologue = {inputs[0]};
         break;
     }
+    *scales = rows.scales;
     std::vector<int64_t> size = inputs[0].sizes().vec();
     ctx->saved_data["size"] = size;
     ctx->saved_data["x dtype"] = static_cast<int64_t>(inputs[0].scalar_type());
@@ -147,7 +149,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
       }
     }
     // None for the arguments that are no tensors.
-    results.resize(results.size() + 5);
+    results.resize(results.size() + 6);
     return results;
   }
 };
@@ -203,7 +205,8 @@ extern "C" char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, 
 }
 
 extern "C" char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor* norm_weight, double eps,
-                                at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs) {
+                                at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs,
+                                at::Tensor** scales) {
   return bbt::guarded([&] {
     constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
     bbt::fused::use_cpu_kernels(isa);
@@ -216,10 +219,12 @@ extern "C" char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor
       inputs.push_back(*weight[0]);
       ternary.push_back({*weight[1], *weight[2], weight[3] == nullptr ? at::Tensor() : *weight[3]});
     }
+    at::Tensor of_rows;
     const auto results =
         bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
-                                     clipped != 0, kDtypes[dtype]);
+                                     clipped != 0, kDtypes[dtype], &of_rows);
     for (size_t i = 0; i < n; ++i) outputs[i] = new at::Tensor(results[i]);
+    *scales = new at::Tensor(of_rows);
   });
 }
 

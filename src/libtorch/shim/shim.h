@@ -71,9 +71,10 @@ char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v,
 char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, at::Tensor** gamma, at::Tensor** packed);
 // `prologue`: 0 none, 1 RMSNorm with `norm_weight` and `eps`, 2 SwiGLU. `weights` holds `n` weights, each of them as
 // the tensor that the gradient is of, its codes, its gamma, and packed or nullptr. `dtype`: 0 fp32, 1 bf16, 2 fp16.
-// `outputs`: room for `n` new tensors.
+// `outputs`: room for `n` new tensors, `scales` for one: those of the activations' rows.
 char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor* norm_weight, double eps,
-                     at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs);
+                     at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs,
+                     at::Tensor** scales);
 char* bbt_rope(int isa, at::Tensor* x, at::Tensor* cos, at::Tensor* sin, at::Tensor** out);
 char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, at::Tensor** out);
 
@@ -81,6 +82,11 @@ char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, a
 char* bbt_tensor_version(at::Tensor* tensor, int64_t* version);
 
 // host_copy.cpp. A handle `void*`, freed with `_free`.
+char* bbt_cuda_graph_begin(int device, void** graph);
+char* bbt_cuda_graph_end(void* graph);
+char* bbt_cuda_graph_replay(void* graph);
+void bbt_cuda_graph_free(void* graph);
+
 char* bbt_host_copy_start(at::Tensor* tensor, void** copy);
 char* bbt_host_copy_wait(void* copy, at::Tensor** tensor);
 void bbt_host_copy_free(void* copy);
@@ -89,7 +95,7 @@ void bbt_host_copy_free(void* copy);
 char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
                       at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t n, double lr,
                       double beta1, double beta2, double weight_decay, double eps, at::Tensor* found_inf);
-char* bbt_foreach_norm(at::Tensor* const* tensors, size_t n, at::Tensor** norm);
+char* bbt_foreach_norms(at::Tensor* const* tensors, size_t n, at::Tensor** norms);
 char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor);
 char* bbt_amp_unscale(at::Tensor* const* grads, size_t n, at::Tensor* found_inf, at::Tensor* inverse_scale);
 
@@ -140,6 +146,9 @@ char* bbt_reducer_times(void* reducer, int64_t* forward, int64_t* backward, int6
 
 // memory.cpp. Bytes on CUDA device `index`.
 char* bbt_cuda_memory(int index, uint64_t* free_bytes, uint64_t* total_bytes, uint64_t* peak_bytes);
+
+// cuda_launch.cpp. What the driver calls CUDA device `index`, in at most `size` bytes, the NUL included.
+char* bbt_cuda_name(int index, char* name, int size);
 
 // nvrtc.cpp. Compiles bbt's CUDA kernels for `architecture`, "sm_90", or finds them in the folder `cache`. `bytes`: how
 // large they are.

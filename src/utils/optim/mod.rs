@@ -96,6 +96,11 @@ impl Optimizer {
         Self { params, state: OptimizerState::zeros(config.name, &sizes, device), config: config.clone() }
     }
 
+    /// The parameters, in PyTorch's order.
+    pub fn params(&self) -> &[Tensor] {
+        &self.params
+    }
+
     /// The parameters' gradients. A parameter without one has no part in the loss, which no layer of
     /// BitByteLM is.
     pub fn gradients(&self) -> Vec<Tensor> {
@@ -207,7 +212,7 @@ mod tests {
     fn clipping_scales_only_what_is_too_long() {
         for (max, factor) in [(1.0, 0.2), (10.0, 1.0)] {
             let grads = [Tensor::from_slice(&[3f32]), Tensor::from_slice(&[4f32])];
-            let norm = libtorch::foreach_norm(&grads).unwrap();
+            let norm = libtorch::foreach_norms(&grads).unwrap().norm();
             assert_eq!(norm.double_value(&[]), 5.0);
             clip_gradients(&grads, &norm, max).unwrap();
             assert!((grads[0].double_value(&[0]) - 3.0 * factor).abs() < 1e-5);
