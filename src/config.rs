@@ -363,7 +363,7 @@ impl DataConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct OptimConfig {
     /// The optimizer.
-    pub name: Optimizer,
+    pub name: OptimizerName,
     /// Peak learning rate.
     pub lr: f64,
     /// Decay rates of AdamW's first and second moment.
@@ -395,9 +395,11 @@ pub struct OptimConfig {
 /// The optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Optimizer {
+pub enum OptimizerName {
     /// torch.optim.AdamW.
     AdamW,
+    /// bitsandbytes' AdamW8bit: moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), on the CPU.
+    AdamW8bit,
 }
 
 /// Shape of the learning rate after warmup.
@@ -428,7 +430,7 @@ pub enum Decay {
 impl Default for OptimConfig {
     fn default() -> Self {
         Self {
-            name: Optimizer::AdamW,
+            name: OptimizerName::AdamW,
             lr: 1e-3,
             betas: (0.9, 0.95),
             eps: 1e-8,
@@ -739,6 +741,9 @@ impl Config {
         self.optim.validate()?;
         self.train.validate()?;
         self.ddp.validate()?;
+        if self.optim.name == OptimizerName::AdamW8bit && self.ddp.zero_stage > 0 {
+            return Err(invalid("optim.name", "adamw8bit does not shard yet: set ddp.zero_stage to 0, or use adamw"));
+        }
         let (steps, warmup) = (self.train.steps, self.optim.warmup(self.train.steps));
         let decay = self.optim.decay_steps(steps);
         if self.optim.schedule == Schedule::Wsd && decay > steps.saturating_sub(warmup) {

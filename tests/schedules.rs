@@ -16,7 +16,7 @@ use bbt::training::lr_scheduler::{lr_for_step, weight_decay_for_step};
 use bbt::training::metrics::{self, Row, TrainRow};
 use bbt::training::{Start, Trainer};
 use bbt::utils::decay::DecayingTensors;
-use bbt::utils::optim::AdamW;
+use bbt::utils::optim::Optimizer;
 use common::assert_same_checkpoint;
 use tch::{Device, Kind, Tensor};
 
@@ -148,7 +148,7 @@ fn matrices_decay_as_a_parameter_group_of_pytorchs() {
     python(GROUPS, &[paths[0], &json(&rates), &json(&decays), paths[1]]);
 
     let decaying = DecayingTensors::matrices(&params);
-    let mut optimizer = AdamW::new(params.each_ref().map(Tensor::shallow_clone).into(), &optim);
+    let mut optimizer = Optimizer::new(params.each_ref().map(Tensor::shallow_clone).into(), &optim);
     for ((grads, &lr), &weight_decay) in grads.iter().zip(&rates).zip(&decays) {
         let is_finite = grads.iter().all(|g| g.isfinite().all().int64_value(&[]) == 1);
         let found_inf = Tensor::full([], if is_finite { 0.0 } else { 1.0 }, cpu);

@@ -7,7 +7,7 @@ use tch::Kind;
 
 use super::training_checkpoint::{EMBEDDING, HEAD, TrainingCheckpoint, model_checkpoint, tensor_data, to_tensor};
 use super::{CheckpointError, TensorData, Value, safetensors_file, torch_file};
-use crate::config::Config;
+use crate::config::{Config, OptimizerName};
 
 /// What weights may be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,15 +21,23 @@ pub enum WeightDtype {
 }
 
 /// Writes the checkpoint `input` as `output`, whose extension says how: `.pt` or `.safetensors`. `dtype`
-/// changes the weights'. A `.pt` from a `.pt` keeps everything; otherwise the weights and the model's
+/// changes the weights', `optim` the optimizer whose state it is. A `.pt` from a `.pt` keeps everything; otherwise the weights and the model's
 /// configuration.
 ///
 /// # Errors
-/// As [`TrainingCheckpoint::open`]; an extension that is neither; the file system's.
-pub fn convert(input: &Path, output: &Path, dtype: Option<WeightDtype>) -> Result<(), CheckpointError> {
+/// As [`TrainingCheckpoint::open`]; an extension that is neither; no optimizer state to change; the file system's.
+pub fn convert(
+    input: &Path,
+    output: &Path,
+    dtype: Option<WeightDtype>,
+    optim: Option<OptimizerName>,
+) -> Result<(), CheckpointError> {
     let checkpoint = TrainingCheckpoint::open(input)?;
     let is = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
     let cast = |tensor: &TensorData| cast(tensor, dtype).map_err(|e| CheckpointError::content(input, e));
+    if let (Some(_), Some(weights)) = (optim, [input, output].into_iter().find(|path| is(path, "safetensors"))) {
+        return Err(CheckpointError::content(weights, "holds no optimizer state, which --optim changes"));
+    }
     if is(output, "safetensors") {
         // Where storages are shared safetensors wants one name: the head is the embedding.
         let weights = checkpoint.weights().iter().filter(|(name, _)| *name != HEAD);
@@ -54,6 +62,9 @@ pub fn convert(input: &Path, output: &Path, dtype: Option<WeightDtype>) -> Resul
                 cast_state_dict(model, cast)?;
             }
         }
+        if let Some(name) = optim {
+            convert_optimizer(&checkpoint, &mut value, name)?;
+        }
         value
     };
     torch_file::write(output, &value)
@@ -61,6 +72,26 @@ pub fn convert(input: &Path, output: &Path, dtype: Option<WeightDtype>) -> Resul
 
 fn config_of(checkpoint: &TrainingCheckpoint) -> Config {
     Config { model: checkpoint.model_config().clone(), quant: *checkpoint.quant_config(), ..Config::default() }
+}
+
+/// Makes the optimizer of a checkpoint, and of the configuration in it, that of `name`.
+fn convert_optimizer(
+    checkpoint: &TrainingCheckpoint,
+    value: &mut Value,
+    name: OptimizerName,
+) -> Result<(), CheckpointError> {
+    let converted = checkpoint.converted_optimizer(name)?;
+    if let Some(opt) = value.get_mut("opt") {
+        *opt = converted;
+    }
+    // Opening has read it already.
+    if let Some(Value::Str(yaml)) = value.get_mut("bbt").and_then(|ours| ours.get_mut("config"))
+        && let Ok(mut config) = Config::from_yaml(yaml)
+    {
+        config.optim.name = name;
+        *yaml = config.to_yaml();
+    }
+    Ok(())
 }
 
 fn cast_state_dict(

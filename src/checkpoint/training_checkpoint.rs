@@ -6,7 +6,7 @@
 //! | `step` | number of the last step done, from 0 |
 //! | `variant`, `model_family` | `ar`, `bitbyte` |
 //! | `model` | the state_dict; `lm_head.weight` shares the storage of `tok_emb.weight` |
-//! | `opt` | the state_dict of torch.optim.AdamW, parameters numbered in PyTorch's order |
+//! | `opt` | the state_dict of torch.optim.AdamW or bitsandbytes' AdamW8bit, parameters numbered in PyTorch's order |
 //! | `scaler` | the state_dict of GradScaler; empty where the run has none |
 //! | `args` | the original's command-line arguments |
 //! | `bbt` | what exact resume needs besides: `version`, `config` (YAML), `progress` (JSON) |
@@ -19,11 +19,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
 use super::{CheckpointError, Dtype, Storage, TensorData, Value, safetensors_file, torch_file};
-use crate::config::{ActQuant, Attention, Config, ModelConfig, QuantConfig, QuantKernel, Schedule, VOCAB_SIZE};
+use crate::config::{
+    ActQuant, Attention, Config, ModelConfig, OptimizerName, QuantConfig, QuantKernel, Schedule, VOCAB_SIZE,
+};
 use crate::data::Position;
 use crate::libtorch::cpu_bytes;
 use crate::models::BitByteLM;
-use crate::utils::optim::{AdamWState, ScalerState};
+use crate::utils::optim::{AdamW8bit, AdamW8bitState, AdamWState, Moments, OptimizerState, ScalerState};
 
 /// The value of `model_family`.
 const FAMILY: &str = "bitbyte";
@@ -31,6 +33,10 @@ const FAMILY: &str = "bitbyte";
 pub(super) const EMBEDDING: &str = "tok_emb.weight";
 /// The output head, tied to it.
 pub(super) const HEAD: &str = "lm_head.weight";
+/// Where bitsandbytes puts what it keeps of a parameter, but for the step.
+const QUANT_STATE: &str = "__bnb_optimizer_quant_state__";
+/// What to do without the optimizer's state.
+const WITHOUT_STATE: &str = "use --no-opt-state to start with fresh moments, or --init to start at step 0";
 /// The longest sequence of the original's curriculum, where nothing caps it.
 const UNCAPPED: i64 = 8192;
 
@@ -58,7 +64,7 @@ pub struct Contents<'a> {
     /// The parameters.
     pub vs: &'a nn::VarStore,
     /// Their optimizer's state, in PyTorch's order.
-    pub optimizer: &'a [AdamWState],
+    pub optimizer: &'a OptimizerState,
     /// The learning rate of the last step.
     pub lr: f64,
     /// The weight decay of the last step.
@@ -94,45 +100,92 @@ impl Contents<'_> {
             ("variant", str("ar")),
             ("model_family", str(FAMILY)),
             ("model", state_dict(&self.config.model, weights.collect())),
-            ("opt", self.optimizer_state()),
+            ("opt", self.optimizer()),
             ("scaler", self.scaler.map_or(dict([]), scaler_value)),
             ("args", args(self.config)),
             ("bbt", ours),
         ])
     }
 
-    /// `torch.optim.AdamW.state_dict()`, with the keys that PyTorch 2.11 has.
-    fn optimizer_state(&self) -> Value {
-        let mut state = vec![];
-        // Before the first step PyTorch holds no state.
-        if self.progress.completed > 0 {
-            for (index, s) in (0..).zip(self.optimizer) {
-                let entry = dict([
-                    ("step", Value::Tensor(tensor_data(&s.step))),
-                    ("exp_avg", Value::Tensor(tensor_data(&s.exp_avg))),
-                    ("exp_avg_sq", Value::Tensor(tensor_data(&s.exp_avg_sq))),
-                ]);
-                state.push((Value::Int(index), entry));
-            }
-        }
+    fn optimizer(&self) -> Value {
         let optim = &self.config.optim;
-        let params = (0..self.optimizer.len() as i64).map(Value::Int).collect();
-        let group = dict([
-            ("lr", Value::Float(self.lr)),
-            ("betas", Value::Tuple(vec![Value::Float(optim.betas.0), Value::Float(optim.betas.1)])),
-            ("eps", Value::Float(optim.eps)),
-            ("weight_decay", Value::Float(self.weight_decay)),
-            ("amsgrad", Value::Bool(false)),
-            ("maximize", Value::Bool(false)),
-            ("foreach", Value::None),
-            ("capturable", Value::Bool(false)),
-            ("differentiable", Value::Bool(false)),
-            ("fused", Value::None),
-            ("decoupled_weight_decay", Value::Bool(true)),
-            ("params", Value::List(params)),
-        ]);
-        dict([("state", Value::Dict(state)), ("param_groups", Value::List(vec![group]))])
+        let group = Group { lr: self.lr, betas: optim.betas, eps: optim.eps, weight_decay: self.weight_decay };
+        // Before the first step PyTorch holds no state.
+        optimizer_value(self.optimizer, self.progress.completed > 0, group)
     }
+}
+
+/// The numbers of an optimizer's one group of parameters.
+struct Group {
+    lr: f64,
+    betas: (f64, f64),
+    eps: f64,
+    weight_decay: f64,
+}
+
+/// The `state_dict()` of the optimizer that `state` is of; without the state of parameters unless `stepped`.
+fn optimizer_value(state: &OptimizerState, stepped: bool, group: Group) -> Value {
+    let params = (0..state.len() as i64).map(Value::Int).collect();
+    let common = [
+        ("lr", Value::Float(group.lr)),
+        ("betas", Value::Tuple(vec![Value::Float(group.betas.0), Value::Float(group.betas.1)])),
+        ("eps", Value::Float(group.eps)),
+        ("weight_decay", Value::Float(group.weight_decay)),
+    ];
+    let (entries, of_its_own) = match state {
+        OptimizerState::AdamW(state) => (state.iter().map(adamw_value).collect(), ADAMW_GROUP),
+        OptimizerState::AdamW8bit(state) => (adamw8bit_values(state), ADAMW8BIT_GROUP),
+    };
+    let entries: Vec<Value> = if stepped { entries } else { vec![] };
+    let group = common.into_iter().chain(of_its_own.iter().cloned()).chain([("params", Value::List(params))]);
+    dict([
+        ("state", Value::Dict((0..).map(Value::Int).zip(entries).collect())),
+        ("param_groups", Value::List(vec![Value::Dict(group.map(|(key, value)| (str(key), value)).collect())])),
+    ])
+}
+
+/// What else PyTorch 2.11 has in a group of `torch.optim.AdamW`.
+const ADAMW_GROUP: &[(&str, Value)] = &[
+    ("amsgrad", Value::Bool(false)),
+    ("maximize", Value::Bool(false)),
+    ("foreach", Value::None),
+    ("capturable", Value::Bool(false)),
+    ("differentiable", Value::Bool(false)),
+    ("fused", Value::None),
+    ("decoupled_weight_decay", Value::Bool(true)),
+];
+
+/// What else bitsandbytes 0.50 has in one of `AdamW8bit`.
+const ADAMW8BIT_GROUP: &[(&str, Value)] =
+    &[("alpha", Value::Float(0.0)), ("t_alpha", Value::None), ("t_beta3", Value::None)];
+
+fn adamw_value(s: &AdamWState) -> Value {
+    dict([
+        ("step", Value::Tensor(tensor_data(&s.step))),
+        ("exp_avg", Value::Tensor(tensor_data(&s.exp_avg))),
+        ("exp_avg_sq", Value::Tensor(tensor_data(&s.exp_avg_sq))),
+    ])
+}
+
+fn adamw8bit_values(state: &AdamW8bit) -> Vec<Value> {
+    // One storage for all.
+    let [qmap1, qmap2] = state.qmaps().map(|qmap| Value::Tensor(tensor_data(qmap)));
+    let tensor = |tensor: &Tensor| Value::Tensor(tensor_data(tensor));
+    let of_one = |s: &AdamW8bitState| {
+        let moments = match &s.moments {
+            Moments::Full([first, second]) => dict([("state1", tensor(first)), ("state2", tensor(second))]),
+            Moments::Quantized([first, second]) => dict([
+                ("state1", tensor(&first.codes)),
+                ("qmap1", qmap1.clone()),
+                ("state2", tensor(&second.codes)),
+                ("qmap2", qmap2.clone()),
+                ("absmax1", tensor(&first.absmax)),
+                ("absmax2", tensor(&second.absmax)),
+            ]),
+        };
+        dict([("step", Value::Int(s.step.double_value(&[]) as i64)), (QUANT_STATE, moments)])
+    };
+    state.params.iter().map(of_one).collect()
 }
 
 /// A checkpoint that was opened: its tensors are still in the file.
@@ -335,14 +388,23 @@ impl TrainingCheckpoint {
         Ok(())
     }
 
-    /// Copies the state of the checkpoint's AdamW to `optimizer`, one per parameter in PyTorch's order.
+    /// Whose state the checkpoint holds; `torch.optim.AdamW`'s where it is not seen to be bitsandbytes'.
+    fn optimizer_name(&self) -> OptimizerName {
+        let state = self.optimizer.as_ref().and_then(|opt| opt.get("state")).map(Value::entries).unwrap_or_default();
+        let bitsandbytes = |entry: &Value| entry.get(QUANT_STATE).or(entry.get("state1")).is_some();
+        match state.iter().any(|(_, entry)| bitsandbytes(entry)) {
+            true => OptimizerName::AdamW8bit,
+            false => OptimizerName::AdamW,
+        }
+    }
+
+    /// Copies the optimizer's state to `optimizer`, one per parameter in PyTorch's order.
     ///
     /// # Errors
     /// No state in it, that of another optimizer, or of other parameters.
-    pub fn load_optimizer(&self, optimizer: &mut [AdamWState]) -> Result<(), CheckpointError> {
-        let remedy = "use --no-opt-state to start with fresh moments, or --init to start at step 0";
+    pub fn load_optimizer(&self, optimizer: &mut OptimizerState) -> Result<(), CheckpointError> {
         let Some(opt) = &self.optimizer else {
-            return Err(self.error(format!("has no optimizer state (`opt`): {remedy}")));
+            return Err(self.error(format!("has no optimizer state (`opt`): {WITHOUT_STATE}")));
         };
         let state = opt.get("state").map(Value::entries).unwrap_or_default();
         if state.is_empty() && self.completed == 0 {
@@ -358,34 +420,130 @@ impl TrainingCheckpoint {
             .collect();
         if numbers.len() != optimizer.len() {
             let (has, needs) = (numbers.len(), optimizer.len());
-            return Err(self.error(format!("its optimizer has {has} parameters, but the model has {needs}: {remedy}")));
+            return Err(
+                self.error(format!("its optimizer has {has} parameters, but the model has {needs}: {WITHOUT_STATE}"))
+            );
+        }
+        if self.optimizer_name() != optimizer.name() {
+            let (has, wants, other) = match optimizer.name() {
+                OptimizerName::AdamW => ("bitsandbytes' AdamW8bit", "AdamW", "adamw8bit"),
+                OptimizerName::AdamW8bit => ("AdamW", "AdamW8bit", "adamw"),
+            };
+            return Err(self.error(format!(
+                "its optimizer is {has}, not {wants}: go on with --set optim.name={other}, or make it {wants}'s with \
+                 `bbt convert IN OUT --optim {}`; or {WITHOUT_STATE}",
+                wants.to_lowercase()
+            )));
         }
         let names = parameter_names(&self.model);
         let by_number: HashMap<i64, &Value> = state.iter().filter_map(|(k, v)| Some((k.as_i64()?, v))).collect();
-        let _no_grad = tch::no_grad_guard();
-        for ((number, name), to) in numbers.iter().zip(&names).zip(optimizer) {
+        let entries = numbers.iter().zip(&names).map(|(number, name)| {
             let entry = by_number.get(number).ok_or_else(|| {
-                self.error(format!("its optimizer has no state for parameter {number} ({name}): {remedy}"))
+                self.error(format!("its optimizer has no state for parameter {number} ({name}): {WITHOUT_STATE}"))
             })?;
-            if entry.get("__bnb_optimizer_quant_state__").or(entry.get("state1")).is_some() {
-                return Err(self.error(format!("its optimizer is bitsandbytes' AdamW8bit, not AdamW: {remedy}")));
-            }
-            let field = |key: &str| match entry.get(key) {
-                Some(Value::Tensor(data)) if data.dtype() == Dtype::F32 => Ok(data),
-                Some(Value::Tensor(_)) => {
-                    Err(self.error(format!("its optimizer's {key} of {name} is not fp32: {remedy}")))
+            Ok::<_, CheckpointError>((name, *entry))
+        });
+        let _no_grad = tch::no_grad_guard();
+        match optimizer {
+            OptimizerState::AdamW(state) => {
+                for (to, entry) in state.iter_mut().zip(entries) {
+                    let (name, entry) = entry?;
+                    self.copy_field(&mut to.step, entry, "step", name)?;
+                    self.copy_field(&mut to.exp_avg, entry, "exp_avg", name)?;
+                    self.copy_field(&mut to.exp_avg_sq, entry, "exp_avg_sq", name)?;
                 }
-                _ => Err(self.error(format!("its optimizer has no {key} for {name}, so it is no AdamW: {remedy}"))),
-            };
-            let copy = |to: &mut Tensor, key: &str| {
-                to.copy_(&self.tensor(&format!("{key} of {name}"), field(key)?, &to.size())?);
-                Ok::<_, CheckpointError>(())
-            };
-            copy(&mut to.step, "step")?;
-            copy(&mut to.exp_avg, "exp_avg")?;
-            copy(&mut to.exp_avg_sq, "exp_avg_sq")?;
+            }
+            OptimizerState::AdamW8bit(state) => {
+                let mut qmaps = state.qmaps().map(Tensor::copy);
+                for (to, entry) in state.params.iter_mut().zip(entries) {
+                    let (name, entry) = entry?;
+                    self.copy_adamw8bit(to, entry, &mut qmaps, name)?;
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Of the parameter `name`.
+    fn copy_adamw8bit(
+        &self,
+        to: &mut AdamW8bitState,
+        entry: &Value,
+        qmaps: &mut [Tensor; 2],
+        name: &str,
+    ) -> Result<(), CheckpointError> {
+        let step = entry
+            .get("step")
+            .and_then(Value::as_i64)
+            .ok_or_else(|| self.error(format!("its optimizer has no step for {name}: {WITHOUT_STATE}")))?;
+        let _ = to.step.fill_(step as f64);
+        // Before 0.49 bitsandbytes put all side by side.
+        let kept = entry.get(QUANT_STATE).unwrap_or(entry);
+        match &mut to.moments {
+            Moments::Full(moments) => {
+                for (moment, key) in moments.iter_mut().zip(["state1", "state2"]) {
+                    self.copy_field(moment, kept, key, name)?;
+                }
+            }
+            Moments::Quantized(moments) => {
+                let keys = [["state1", "absmax1", "qmap1"], ["state2", "absmax2", "qmap2"]];
+                for ((moment, qmap), [codes, absmax, map]) in moments.iter_mut().zip(qmaps).zip(keys) {
+                    self.copy_field(&mut moment.codes, kept, codes, name)?;
+                    self.copy_field(&mut moment.absmax, kept, absmax, name)?;
+                    let ours = qmap.copy();
+                    self.copy_field(qmap, kept, map, name)?;
+                    if !qmap.equal(&ours) {
+                        return Err(self.error(format!(
+                            "its optimizer's {map} of {name} is not bitsandbytes' dynamic map: {WITHOUT_STATE}"
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a field of the optimizer's state of parameter `name`.
+    fn copy_field(&self, to: &mut Tensor, entry: &Value, key: &str, name: &str) -> Result<(), CheckpointError> {
+        let (dtype, words) = if to.kind() == Kind::Uint8 { (Dtype::U8, "uint8") } else { (Dtype::F32, "fp32") };
+        let data = match entry.get(key) {
+            Some(Value::Tensor(data)) if data.dtype() == dtype => data,
+            Some(Value::Tensor(_)) => {
+                return Err(self.error(format!("its optimizer's {key} of {name} is not {words}: {WITHOUT_STATE}")));
+            }
+            _ => {
+                return Err(
+                    self.error(format!("its optimizer has no {key} for {name}, so it is no AdamW: {WITHOUT_STATE}"))
+                );
+            }
+        };
+        to.copy_(&self.tensor(&format!("{key} of {name}"), data, &to.size())?);
+        Ok(())
+    }
+
+    /// What the optimizer's first group of parameters says of `key`.
+    fn group(&self, key: &str) -> Option<&Value> {
+        self.optimizer.as_ref()?.get("param_groups")?.elements().first()?.get(key)
+    }
+
+    /// The checkpoint's `opt` with its moments as `name` keeps them.
+    ///
+    /// # Errors
+    /// As [`TrainingCheckpoint::load_optimizer`]; a group without its numbers.
+    pub(super) fn converted_optimizer(&self, name: OptimizerName) -> Result<Value, CheckpointError> {
+        let mut state = OptimizerState::zeros(self.optimizer_name(), &parameter_shapes(&self.model), Device::Cpu);
+        self.load_optimizer(&mut state)?;
+        let betas = self.group("betas").map(Value::elements).unwrap_or_default();
+        let number = |value: Option<&Value>, key: &str| {
+            value.and_then(Value::as_f64).ok_or_else(|| self.error(format!("its optimizer has no number `{key}`")))
+        };
+        let group = Group {
+            lr: number(self.group("lr"), "lr")?,
+            betas: (number(betas.first(), "betas")?, number(betas.get(1), "betas")?),
+            eps: number(self.group("eps"), "eps")?,
+            weight_decay: number(self.group("weight_decay"), "weight_decay")?,
+        };
+        Ok(optimizer_value(&state.converted(name), self.completed > 0, group))
     }
 
     /// A CPU tensor with a copy of `data`, which must have shape `size`.

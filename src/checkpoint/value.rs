@@ -248,6 +248,12 @@ impl Value {
         self.entries().iter().rev().find(|(k, _)| k.as_str() == Some(key)).map(|(_, value)| value)
     }
 
+    /// The same, to change it.
+    pub fn get_mut(&mut self, key: &str) -> Option<&mut Value> {
+        let (Self::Dict(entries) | Self::OrderedDict { items: entries, .. }) = self else { return None };
+        entries.iter_mut().rev().find(|(k, _)| k.as_str() == Some(key)).map(|(_, value)| value)
+    }
+
     /// A str.
     pub fn as_str(&self) -> Option<&str> {
         match self {

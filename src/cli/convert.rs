@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use crate::checkpoint::{WeightDtype, convert};
+use crate::config::OptimizerName;
 
-/// Convert a checkpoint between PyTorch's .pt and .safetensors, or to another dtype
+/// Convert a checkpoint between PyTorch's .pt and .safetensors, or to another dtype or optimizer
 ///
 /// Examples:
 ///   bbt convert runs/tiny/ckpt.pt model.safetensors
 ///   bbt convert runs/tiny/ckpt.pt half.safetensors --dtype bf16
 ///   bbt convert model.safetensors model.pt
+///   bbt convert runs/tiny/ckpt.pt runs/small/ckpt.pt --optim adamw8bit
 ///
 /// .safetensors holds the weights and, as metadata, the model's configuration; so does a .pt made
 /// from it: start from it with --init. A .pt made from a .pt keeps everything.
@@ -27,6 +29,9 @@ pub struct Args {
     /// Change the weights' dtype
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
+    /// Make the optimizer's moments those of another [optim.name]: rounded to 8 bits, or fp32
+    #[arg(long, value_enum)]
+    optim: Option<Optim>,
     /// Replace OUT where it exists
     #[arg(long)]
     allow_overwrite: bool,
@@ -39,6 +44,12 @@ enum Dtype {
     Fp16,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Optim {
+    Adamw,
+    Adamw8bit,
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.output.exists() && !args.allow_overwrite {
         anyhow::bail!("{} exists: give --allow-overwrite, or another name", args.output.display());
@@ -48,7 +59,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Dtype::Bf16 => WeightDtype::Bf16,
         Dtype::Fp16 => WeightDtype::Fp16,
     });
-    convert(&args.input, &args.output, dtype)?;
+    let optim = args.optim.map(|optim| match optim {
+        Optim::Adamw => OptimizerName::AdamW,
+        Optim::Adamw8bit => OptimizerName::AdamW8bit,
+    });
+    convert(&args.input, &args.output, dtype, optim)?;
     eprintln!("wrote {}", args.output.display());
     Ok(())
 }

@@ -95,6 +95,25 @@ unsafe extern "C" {
         found_inf: *const C_tensor,
         inverse_scale: *const C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_adamw8bit(
+        isa: c_int,
+        params: *const *const C_tensor,
+        grads: *const *const C_tensor,
+        codes1: *const *const C_tensor,
+        absmax1: *const *const C_tensor,
+        codes2: *const *const C_tensor,
+        absmax2: *const *const C_tensor,
+        steps: *const *const C_tensor,
+        n: usize,
+        book1: *const *const C_tensor,
+        book2: *const *const C_tensor,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        found_inf: *const C_tensor,
+    ) -> *mut c_char;
     pub fn bbt_set_grad(tensor: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub fn bbt_store_new(
         host: *const c_char,

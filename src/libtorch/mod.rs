@@ -4,6 +4,7 @@
 //! exception crosses it: a failing call returns its message. All of the crate's `unsafe` that
 //! touches libtorch is in this folder.
 
+mod adamw8bit;
 mod attention;
 mod autocast;
 mod cpu_kernels;
@@ -20,6 +21,7 @@ mod memory;
 mod recompute;
 mod storage;
 
+pub use adamw8bit::{BLOCK, CodeBook, Moment8bit, adamw8bit};
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype, autocast_kind};
 pub use cpu_kernels::CpuKernels;

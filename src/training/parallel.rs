@@ -9,7 +9,7 @@ use super::zero::Shards;
 use crate::config::{DdpConfig, OptimConfig};
 use crate::libtorch::{Error, ProcessGroup, ReduceOp, Reducer, cpu_bytes};
 use crate::utils::decay::DecayingTensors;
-use crate::utils::optim::{AdamW, AdamWState};
+use crate::utils::optim::{AdamWState, Optimizer, OptimizerState};
 
 /// One MiB.
 const MIB: i64 = 1 << 20;
@@ -42,18 +42,18 @@ impl Parallel {
         params: Vec<Tensor>,
         options: &DdpConfig,
         optim: &OptimConfig,
-    ) -> Result<(Self, AdamW), DdpError> {
+    ) -> Result<(Self, Optimizer), DdpError> {
         ddp.collective(|| group.broadcast(&params, 0))?;
         verify(&ddp, &group, &params)?;
         let own = |source| DdpError::Lost { rank: ddp.rank(), source };
         let (averaging, optimizer) = match options.zero_stage {
             0 => {
                 let reducer = Reducer::new(&group, &params, options.bucket_cap_mb * MIB).map_err(own)?;
-                (Averaging::Reducer(reducer), AdamW::new(params, optim))
+                (Averaging::Reducer(reducer), Optimizer::new(params, optim))
             }
             _ => {
                 let shards = Shards::new(params, ddp.rank(), ddp.world_size()).map_err(own)?;
-                let optimizer = AdamW::new(vec![shards.param()], optim);
+                let optimizer = Optimizer::new(vec![shards.param()], optim);
                 (Averaging::Sharded(shards), optimizer)
             }
         };
@@ -114,7 +114,7 @@ impl Parallel {
     }
 
     /// Sets all gradients to zero.
-    pub fn zero_grad(&mut self, optimizer: &mut AdamW) {
+    pub fn zero_grad(&mut self, optimizer: &mut Optimizer) {
         match &mut self.averaging {
             Averaging::Reducer(_) => optimizer.zero_grad(),
             Averaging::Sharded(shards) => shards.zero_grad(),
@@ -125,7 +125,7 @@ impl Parallel {
     ///
     /// # Errors
     /// A rank is lost.
-    pub fn gradients(&mut self, optimizer: &AdamW) -> Result<Vec<Tensor>, DdpError> {
+    pub fn gradients(&mut self, optimizer: &Optimizer) -> Result<Vec<Tensor>, DdpError> {
         match &mut self.averaging {
             Averaging::Reducer(_) => Ok(optimizer.gradients()),
             Averaging::Sharded(shards) => Ok(vec![self.ddp.collective(|| shards.reduce_gradients(&self.group))?]),
@@ -206,11 +206,12 @@ impl Parallel {
     ///
     /// # Errors
     /// A rank is lost.
-    pub fn gather_state(&self, optimizer: &AdamW) -> Result<Option<Vec<AdamWState>>, DdpError> {
+    pub fn gather_state(&self, optimizer: &Optimizer) -> Result<Option<OptimizerState>, DdpError> {
         match &self.averaging {
             Averaging::Reducer(_) => Ok(None),
             Averaging::Sharded(shards) => {
-                self.ddp.collective(|| shards.gather_state(&self.group, &optimizer.state[0])).map(Some)
+                let whole = self.ddp.collective(|| shards.gather_state(&self.group, part(&optimizer.state)))?;
+                Ok(Some(OptimizerState::AdamW(whole)))
             }
         }
     }
@@ -219,20 +220,21 @@ impl Parallel {
     ///
     /// # Errors
     /// A rank is lost.
-    pub fn spread_state(&self, whole: Option<Vec<AdamWState>>, optimizer: &mut AdamW) -> Result<(), DdpError> {
+    pub fn spread_state(&self, whole: Option<OptimizerState>, optimizer: &mut Optimizer) -> Result<(), DdpError> {
         match &self.averaging {
             Averaging::Reducer(_) => {
                 if let Some(whole) = whole {
-                    let _no_grad = tch::no_grad_guard();
-                    for (to, from) in optimizer.state.iter_mut().zip(whole) {
-                        to.copy_from(&from);
-                    }
+                    optimizer.state.copy_from(&whole);
                 }
-                let tensors: Vec<Tensor> = optimizer.state.iter().flat_map(AdamWState::tensors).collect();
+                let tensors = optimizer.state.tensors();
                 self.ddp.collective(|| self.group.broadcast(&tensors, 0))
             }
             Averaging::Sharded(shards) => {
-                self.ddp.collective(|| shards.scatter_state(&self.group, whole.as_deref(), &mut optimizer.state[0]))
+                let whole = match &whole {
+                    Some(OptimizerState::AdamW(whole)) => Some(&whole[..]),
+                    _ => None,
+                };
+                self.ddp.collective(|| shards.scatter_state(&self.group, whole, part(&optimizer.state)))
             }
         }
     }
@@ -251,6 +253,14 @@ impl Parallel {
             Averaging::Reducer(reducer) => Some(reducer),
             Averaging::Sharded(_) => None,
         }
+    }
+}
+
+/// The state of a rank's part.
+fn part(state: &OptimizerState) -> &AdamWState {
+    match state {
+        OptimizerState::AdamW(state) => &state[0],
+        OptimizerState::AdamW8bit(_) => unreachable!("Config::validate lets only AdamW shard"),
     }
 }
 

@@ -24,14 +24,14 @@ use super::tensorboard::{TensorBoardError, TensorBoardWriter};
 use super::utilisation::{flops_per_byte, peak_tflops};
 use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint, parameter_names};
-use crate::config::{Config, ConfigError, Decay, Precision, TrainConfig};
+use crate::config::{Config, ConfigError, Decay, OptimizerName, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::decay::DecayingTensors;
 use crate::utils::device::{DeviceError, autocast, device};
-use crate::utils::optim::{AdamW, AdamWState, GradScaler, ScalerState, clip_gradients};
+use crate::utils::optim::{GradScaler, Optimizer, OptimizerState, ScalerState, clip_gradients};
 
 /// Why a run cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +163,7 @@ pub struct Trainer {
     device: Device,
     vs: nn::VarStore,
     model: BitByteLM,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     /// What decays, where not everything does.
     decaying: Option<DecayingTensors>,
     scaler: Option<GradScaler>,
@@ -234,6 +234,13 @@ impl Trainer {
             Some(ddp) => device(ddp.device(config.train.device)?)?,
             None => device(config.train.device)?,
         };
+        if device.is_cuda() && config.optim.name == OptimizerName::AdamW8bit {
+            return Err(ConfigError::Invalid {
+                key: "optim.name".into(),
+                message: "adamw8bit runs on the CPU only: use adamw, or set train.device to cpu".into(),
+            }
+            .into());
+        }
         check_memory(&config, device)?;
         let train_set = open(&config.data.train, "data.train")?;
         for (_, seq_len) in config.data.curriculum() {
@@ -263,8 +270,8 @@ impl Trainer {
             checkpoint.load_weights(&vs)?;
             if let Start::Resume { optimizer_state, .. } = &start {
                 if *optimizer_state {
-                    let zeros = |p: &Tensor| AdamWState::zeros(&p.size(), Device::Cpu);
-                    let mut state: Vec<AdamWState> = vs.trainable_variables().iter().map(zeros).collect();
+                    let sizes: Vec<_> = vs.trainable_variables().iter().map(Tensor::size).collect();
+                    let mut state = OptimizerState::zeros(config.optim.name, &sizes, Device::Cpu);
                     checkpoint.load_optimizer(&mut state)?;
                     moments = Some(state);
                 }
@@ -275,7 +282,7 @@ impl Trainer {
         }
         vs.set_device(device);
         let (parallel, mut optimizer) = match ddp {
-            None => (None, AdamW::new(vs.trainable_variables(), &config.optim)),
+            None => (None, Optimizer::new(vs.trainable_variables(), &config.optim)),
             Some(ddp) => {
                 ddp.check(&config, device, train_set.as_ref())?;
                 restored = ddp.share("restored", main.then_some(restored))?;
@@ -289,10 +296,7 @@ impl Trainer {
         };
         match &parallel {
             Some(parallel) if restored.optimizer => parallel.spread_state(moments, &mut optimizer)?,
-            None if restored.optimizer => {
-                let _no_grad = tch::no_grad_guard();
-                optimizer.state.iter_mut().zip(moments.iter().flatten()).for_each(|(to, from)| to.copy_from(from));
-            }
+            None => moments.iter().for_each(|moments| optimizer.state.copy_from(moments)),
             _ => {}
         }
         let params = vs.trainable_variables();
@@ -382,8 +386,8 @@ impl Trainer {
 
     /// Bytes of optimizer state that this process keeps.
     pub fn optimizer_bytes(&self) -> u64 {
-        let tensors = self.optimizer.state.iter().flat_map(AdamWState::tensors);
-        tensors.map(|t| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum()
+        let tensors = self.optimizer.state.tensors();
+        tensors.iter().map(|t| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum()
     }
 
     /// The engine that averages gradients, where ranks train together and do not shard them: tells its times.
@@ -739,7 +743,7 @@ impl Trainer {
             let contents = Contents {
                 config: &self.config,
                 vs: &self.vs,
-                optimizer: gathered.as_deref().unwrap_or(&self.optimizer.state),
+                optimizer: gathered.as_ref().unwrap_or(&self.optimizer.state),
                 lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
                 weight_decay: weight_decay_for_step(last, self.config.train.steps, &self.config.optim),
                 scaler: self.scaler.as_ref().map(GradScaler::state),
@@ -819,7 +823,8 @@ fn open(spec: &str, key: &'static str) -> Result<Arc<dyn ByteDataset>, TrainErro
 /// Bytes that training takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryNeed {
-    /// Weights, gradients and AdamW's two moments: 16 bytes a parameter, and 2 for the quantized weight.
+    /// Weights, gradients and the optimizer's two moments: 16 bytes a parameter, or 10 with moments of 8 bits, and 2
+    /// for the quantized weight.
     pub state: u64,
     /// Activations of one micro-batch at the longest sequence, roughly.
     pub activations: u64,
@@ -837,10 +842,14 @@ pub fn memory_need(config: &Config) -> MemoryNeed {
     let (d, d_ff) = if fused && config.quant.start_frac == 0.0 { (9, 3) } else { (20, 8) };
     let layer = d * m.d_model + d_ff * m.d_ff;
     let kept = if config.train.checkpointing { 2 * m.d_model } else { layer };
+    let moments = match config.optim.name {
+        OptimizerName::AdamW => 8,
+        OptimizerName::AdamW8bit => 2,
+    };
     let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;
     MemoryNeed {
         // Fused kernels keep each weight quantized, in two orders.
-        state: (if fused { 18u64 } else { 16 } + u64::from(config.train.internals_every > 0))
+        state: (8 + moments + if fused { 2 } else { 0 } + u64::from(config.train.internals_every > 0))
             .saturating_mul(m.parameters() as u64),
         activations: 4u64.saturating_mul(tokens.saturating_mul(values) as u64),
     }

@@ -180,10 +180,10 @@ impl Shards {
         &self,
         group: &ProcessGroup,
         whole: Option<&[AdamWState]>,
-        own: &mut AdamWState,
+        own: &AdamWState,
     ) -> Result<(), Error> {
         let _no_grad = tch::no_grad_guard();
-        let spread = |to: &mut Tensor, field: fn(&AdamWState) -> &Tensor| {
+        let spread = |to: &Tensor, field: fn(&AdamWState) -> &Tensor| {
             let flat = whole.map(|whole| {
                 let flat = Tensor::zeros(self.params.size(), (Kind::Float, Device::Cpu));
                 self.views(&flat).iter_mut().zip(whole).for_each(|(view, state)| view.copy_(field(state)));
@@ -196,15 +196,15 @@ impl Shards {
                 }
                 group.broadcast(&[part.shallow_clone()], 0)?;
                 if rank == self.rank {
-                    to.copy_(&part);
+                    to.shallow_clone().copy_(&part);
                 }
             }
             Ok::<(), Error>(())
         };
-        spread(&mut own.exp_avg, |s| &s.exp_avg)?;
-        spread(&mut own.exp_avg_sq, |s| &s.exp_avg_sq)?;
+        spread(&own.exp_avg, |s| &s.exp_avg)?;
+        spread(&own.exp_avg_sq, |s| &s.exp_avg_sq)?;
         if let Some(first) = whole.and_then(|whole| whole.first()) {
-            own.step.copy_(&first.step);
+            own.step.shallow_clone().copy_(&first.step);
         }
         group.broadcast(&[own.step.shallow_clone()], 0)
     }

@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define BBT_LANES 16
 #elif defined(__AVX2__)
@@ -41,6 +45,19 @@ BBT_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // |x|; not a number stays so.
 BBT_INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(x) & 0x7fffffff); }
+
+BBT_INLINE Vec square_root(Vec x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Vec>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
 
 // To the nearest integer, ties to even, for |x| below 2^22.
 BBT_INLINE Vec round_to_even(Vec x) {

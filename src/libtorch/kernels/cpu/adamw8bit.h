@@ -1,0 +1,52 @@
+// Between shim/adamw8bit.cpp, which knows tensors and threads, and AdamW over moments of 8 bits, which knows neither:
+// each instruction set's kernels are compiled with its flags in a file of their own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bbt::adamw8bit {
+
+// Neighbours that share one scale.
+constexpr int64_t kBlock = 256;
+
+// The values that 8 bits stand for, ascending, and how one is found.
+struct CodeBook {
+  // [256]
+  const float* values;
+  // The codes of the values nearest to 65536 numbers from -1 to 1, evenly spaced.
+  const uint8_t* nearest;
+};
+
+// A moment of one parameter: values[code] * absmax.
+struct Moment {
+  uint8_t* codes;
+  // One a block.
+  float* absmax;
+  CodeBook book;
+};
+
+struct Problem {
+  int64_t n;
+  float* param;
+  const float* grad;
+  Moment first, second;
+  float beta1, beta2;
+  // 1 - beta, rounded once.
+  float rest1, rest2;
+  // 1 - lr * weight_decay.
+  float keep;
+  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+  float rate, scale;
+  float eps;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  // One step of the blocks from `begin` to `end`, which do not depend on each other.
+  void (*step)(const Problem&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kAvx512, kAvx2, kPortable;
+
+}  // namespace bbt::adamw8bit
