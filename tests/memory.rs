@@ -24,8 +24,8 @@ fn peak(n_layer: u32, checkpointing: bool) -> f64 {
         .expect("bbt runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let rows = metrics::read(&dir.path().join("run/metrics.jsonl")).expect("a log");
-    let steps = rows.iter().filter_map(|row| if let Row::Train(row) = row { Some(row) } else { None });
-    let row = steps.last().unwrap_or_else(|| panic!("no step in {rows:?}"));
+    let step = rows.iter().rev().find_map(|row| if let Row::Train(row) = row { Some(row) } else { None });
+    let row = step.unwrap_or_else(|| panic!("no step in {rows:?}"));
     row.peak_memory_bytes as f64 / (1 << 20) as f64
 }
 
