@@ -479,6 +479,8 @@ fn logs_that_cannot_be_drawn_or_continued() {
     fails(&ws, "plot empty", FAILURE, &["empty"]);
     fails(&ws, "plot broken", FAILURE, &["broken/metrics.jsonl:1"]);
     fails(&ws, "plot run --out loss.jpg", FAILURE, &["loss.jpg", ".png"]);
+    fails(&ws, "plot run --internals", FAILURE, &["run", "train.internals_every"]);
+    fails(&ws, "plot run run --internals", USAGE, &["--internals", "one run"]);
     let log = ws.read("run/metrics.jsonl");
     ws.write("run/metrics.jsonl", format!("not a row\n{log}"));
     let done = ws.bbt("train --config tiny.yaml --resume auto");

@@ -24,7 +24,7 @@ fn peak(n_layer: u32, checkpointing: bool) -> f64 {
         .expect("bbt runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let rows = metrics::read(&dir.path().join("run/metrics.jsonl")).expect("a log");
-    let Some(Row::Train(row)) = rows.last() else { panic!("no row in {rows:?}") };
+    let Some(Row::Train(row)) = rows.first() else { panic!("no row in {rows:?}") };
     row.peak_memory_bytes as f64 / (1 << 20) as f64
 }
 
