@@ -491,6 +491,8 @@ fn logs_that_cannot_be_drawn_or_continued() {
     refuses(&ws, "plot run --schedule tiny.yaml", &["--schedule"]);
     refuses(&ws, "plot run --steps 3", &["--steps"]);
     refuses(&ws, "plot", &["<RUN>"]);
+    fails(&ws, "plot run --internals", FAILURE, &["run", "train.internals_every"]);
+    fails(&ws, "plot run run --internals", USAGE, &["--internals", "one run"]);
     let log = ws.read("run/metrics.jsonl");
     ws.write("run/metrics.jsonl", format!("not a row\n{log}"));
     let done = ws.bbt("train --config tiny.yaml --resume auto");

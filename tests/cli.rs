@@ -636,6 +636,29 @@ fn plot_draws_a_schedule_before_any_training() {
     assert!(!ws.path("run").exists());
 }
 
+#[test]
+fn a_look_inside_is_logged_and_drawn() {
+    let ws = Workspace::new();
+    ws.ok("train --config tiny.yaml --set train.internals_every=2 --set train.peak_tflops=0.1");
+    let rows = ws.rows("run/metrics.jsonl");
+    let looks: Vec<_> = rows.iter().filter(|row| row.get("layers").is_some()).collect();
+    assert_eq!(looks.iter().map(|look| look["step"].as_u64()).collect::<Vec<_>>(), [Some(0), Some(2), Some(4)]);
+    let names: Vec<_> = looks[0]["layers"].as_array().expect("a list").iter().map(|layer| &layer["name"]).collect();
+    assert_eq!(
+        (names.len(), names[0], names[2], names[17]),
+        (18, &"tok_emb".into(), &"blocks.0.attn.q_proj".into(), &"norm_f".into())
+    );
+    assert!(rows[0]["mfu"].as_f64().is_some_and(|mfu| mfu > 0.0), "{}", rows[0]);
+    for (line, picture) in
+        [("plot run --internals", "internals.png"), ("plot run/metrics.jsonl --internals --out in.png", "in.png")]
+    {
+        let done = ws.ok(line);
+        assert!(done.stderr.contains(picture), "{}", done.stderr);
+        let bytes = fs::read(ws.path(picture)).expect(picture);
+        assert!(bytes.starts_with(b"\x89PNG\r\n\x1a\n") && bytes.len() > 5000, "{} bytes", bytes.len());
+    }
+}
+
 // --- the rest -------------------------------------------------------------------------------------
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bbt::training::metrics::{TrainRow, ValRow};
+use bbt::training::metrics::{InternalsRow, LayerRow, TrainRow, ValRow};
 use bbt::training::tensorboard::TensorBoardWriter;
 use serde_json::{Value, json};
 
@@ -71,11 +71,46 @@ fn tensorboard_reads_the_scalars() {
         "train/bytes_per_second": [[0, 2048.0], [10, 2048.0]],
         "train/skipped_steps": [[0, 1.0], [10, 1.0]],
         "train/loss_scale": [[0, 65536.0], [10, 65536.0]],
+        "train/mfu": [[0, 0.375], [10, 0.375]],
         "train/data_wait": [[0, 0.25], [10, 0.25]],
         "train/mfu": [[0, 0.375], [10, 0.375]],
         "train/peak_memory_bytes": [[0, 1048576.0], [10, 1048576.0]],
         "val/loss": [[10, 2.25]],
         "val/bits_per_byte": [[10, 4.5]],
+    });
+    assert_eq!(read_scalars(directory.path()), expected);
+}
+
+#[test]
+fn a_look_inside_is_a_group_for_each_number() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = TensorBoardWriter::create(directory.path(), None).unwrap();
+    let norm = LayerRow { name: "norm_f".into(), grad_norm: 0.5, ..LayerRow::default() };
+    let down = LayerRow {
+        name: "blocks.10.mlp.down".into(),
+        grad_norm: f64::NAN,
+        zero: Some(0.25),
+        plus: Some(0.5),
+        minus: Some(0.125),
+        flips: None,
+        gamma: Some(0.0625),
+        input_absmax: Some(3.0),
+        input_absmax_mean: Some(2.0),
+    };
+    let later = LayerRow { grad_norm: 1.0, flips: Some(0.75), ..down.clone() };
+    for (step, down) in [(0, down), (100, later)] {
+        writer.internals(&InternalsRow { step, layers: vec![down, norm.clone()] }).unwrap();
+    }
+    let expected = json!({
+        "weight_grad_norm/blocks.10.mlp.down": [[0, null], [100, 1.0]],
+        "weight_grad_norm/norm_f": [[0, 0.5], [100, 0.5]],
+        "weight_zero/blocks.10.mlp.down": [[0, 0.25], [100, 0.25]],
+        "weight_plus/blocks.10.mlp.down": [[0, 0.5], [100, 0.5]],
+        "weight_minus/blocks.10.mlp.down": [[0, 0.125], [100, 0.125]],
+        "weight_flips/blocks.10.mlp.down": [[100, 0.75]],
+        "weight_gamma/blocks.10.mlp.down": [[0, 0.0625], [100, 0.0625]],
+        "x_absmax/blocks.10.mlp.down": [[0, 3.0], [100, 3.0]],
+        "x_absmax_mean/blocks.10.mlp.down": [[0, 2.0], [100, 2.0]],
     });
     assert_eq!(read_scalars(directory.path()), expected);
 }

@@ -349,6 +349,51 @@ mod tests {
     }
 
     #[test]
+    fn a_look_inside_comes_back_as_written_and_ends_with_its_step() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let norm = LayerRow { name: "norm_f".into(), grad_norm: 0.5, ..LayerRow::default() };
+        let layer = LayerRow {
+            name: "blocks.0.mlp.down".into(),
+            zero: Some(0.25),
+            flips: None,
+            gamma: Some(0.5),
+            ..norm.clone()
+        };
+        let look = |step| InternalsRow { step, layers: vec![layer.clone(), norm.clone()] };
+        let mut writer = MetricsWriter::resume(&path, 30).unwrap();
+        writer.internals(&look(30)).unwrap();
+        assert_eq!(read(&path).unwrap().last(), Some(&Row::Internals(look(30))));
+        // What is not known is not there, and a gradient that is no number is null.
+        let text = fs::read_to_string(&path).unwrap();
+        let row = text.lines().last().unwrap();
+        assert_eq!(
+            row,
+            r#"{"step":30,"layers":[{"name":"blocks.0.mlp.down","grad_norm":0.5,"zero":0.25,"gamma":0.5},{"name":"norm_f","grad_norm":0.5}]}"#
+        );
+        writer
+            .internals(&InternalsRow { step: 31, layers: vec![LayerRow { grad_norm: f64::NAN, ..norm.clone() }] })
+            .unwrap();
+        match read(&path).unwrap().last() {
+            Some(Row::Internals(row)) => assert!(row.layers[0].grad_norm.is_nan()),
+            row => panic!("{row:?}"),
+        }
+        MetricsWriter::resume(&path, 29).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20]);
+    }
+
+    /// A log of a version that knew no utilisation.
+    #[test]
+    fn an_older_log_reads() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = log(directory.path());
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("\"mfu\":null"));
+        fs::write(&path, text.replace("\"mfu\":null,", "")).unwrap();
+        assert_eq!(steps(&path), [10, 20, 20, 30]);
+    }
+
+    #[test]
     fn numbers_that_are_not_finite_stay_json() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");

@@ -25,6 +25,7 @@ train:
   checkpointing: false
   device: cpu
   log_every: 1
+  internals_every: 0
   eval_every: 0
   save_every: 2
   out: run
