@@ -56,7 +56,6 @@ fn training_fills_the_run_directory() {
     let rows = ws.rows("run/metrics.jsonl");
     let with = |key: &str| rows.iter().filter(|row| row.get(key).is_some()).collect::<Vec<_>>();
     let (val, train) = (with("val_loss"), with("loss"));
-    assert_eq!(with("layers").len(), 1, "a look inside at the first step");
     assert_eq!(train.len(), 6);
     for (step, row) in (0..).zip(&train) {
         for key in KEYS {
