@@ -58,13 +58,16 @@ endif
 build: libtorch
 	$(CARGO) build --release --locked
 
-# What the tests check against besides torch: TensorBoard reads our event files, safetensors our weights.
+# What the tests check against besides torch: TensorBoard reads our event files, safetensors our weights, bitsandbytes
+# goes on with our runs, on the torch that is there.
 TEST_PACKAGES = tensorboard==2.21.0 safetensors==0.8.0
-TEST_STAMP = .python-test/.installed-$(subst ==,-,$(subst $(eval) ,_,$(TEST_PACKAGES)))
+TEST_PACKAGES_ON_TORCH = bitsandbytes==0.50.2
+TEST_STAMP = .python-test/.installed-$(subst ==,-,$(subst $(eval) ,_,$(TEST_PACKAGES) $(TEST_PACKAGES_ON_TORCH)))
 
 $(TEST_STAMP):
 	rm -rf .python-test
 	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test $(TEST_PACKAGES)
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test --no-deps $(TEST_PACKAGES_ON_TORCH)
 	touch $@
 
 # Tests run the release build: the one that is used, and built once.

@@ -13,10 +13,11 @@ const CUDA_KERNELS: &str = "src/libtorch/kernels/cuda";
 
 /// The instruction sets that CPU kernels are compiled for on x86-64, by the ending of the file's name: the
 /// compiler's flags.
-const X86_64: [(&str, &[&str]); 4] = [
+const X86_64: [(&str, &[&str]); 5] = [
     ("_avx2", &["-mavx2", "-mfma"]),
     ("_avx512", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
     ("_avx512vnni", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512vnni"]),
+    ("_avx512vbmi", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512vbmi"]),
     ("_avx512bf16", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"]),
 ];
 

@@ -234,4 +234,5 @@ def main():
         document.write_text(before + begin + text + end + rest.split(end)[1])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -266,6 +266,52 @@ mod tests {
         }
     }
 
+    /// Decades, each cut into twice as many parts as the one below it, as bitsandbytes': what bytes can be looked up in.
+    fn decades(signed: bool) -> CodeBook {
+        let decade = |d: i32| {
+            let parts = if signed { 1 << d } else { 2 << d };
+            (0..parts).map(move |i| (0.1 + 0.9 * (f64::from(i) + 0.5) / f64::from(parts)) * 10f64.powi(d - 6))
+        };
+        let magnitudes: Vec<f32> = (0..7).flat_map(decade).map(|x| x as f32).collect();
+        let negative = magnitudes.iter().filter(|_| signed).map(|m| -m);
+        let mut values: Vec<f32> = negative.chain([0.0, 1.0]).chain(magnitudes.iter().copied()).collect();
+        values.sort_by(f32::total_cmp);
+        CodeBook::new(&values.try_into().unwrap())
+    }
+
+    #[test]
+    fn looking_up_bytes_changes_no_bit() {
+        let kernels = || CpuKernels::ALL.into_iter().filter(|k| *k >= CpuKernels::Avx512 && k.runs_here());
+        let books = [&decades(true), &decades(false)];
+        let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
+        for size in [&[1][..], &[256], &[700], &[90, 1024]] {
+            let start = Tensor::randn(size, CPU);
+            let state = |kernels| {
+                let moments = [Moment8bit::zeros(size, Device::Cpu), Moment8bit::zeros(size, Device::Cpu)];
+                (kernels, start.copy().set_requires_grad(true), moments, Tensor::zeros([], CPU))
+            };
+            let all: Vec<_> = kernels().map(state).collect();
+            for t in 0..6 {
+                // Magnitudes from far below the smallest value to the largest; zeros; both signs.
+                let g = Tensor::randn(size, CPU) * (Tensor::randn(size, CPU) * f64::from(t)).exp();
+                let g = g.where_self(&Tensor::rand(size, CPU).gt(0.1), &g.zeros_like());
+                for (kernels, p, moments, step) in &all {
+                    let (p, g, step) = ([p.shallow_clone()], [g.shallow_clone()], [step.shallow_clone()]);
+                    let moments = [[&moments[0], &moments[1]]];
+                    adamw8bit_with(*kernels, &p, &g, &moments, &step, books, s, &Tensor::zeros([], CPU)).unwrap();
+                }
+                for pair in all.windows(2) {
+                    let [(_, p, moments, _), (kernels, other_p, other_moments, _)] = pair else { unreachable!() };
+                    let what = format!("{kernels:?} {size:?} step {t}");
+                    assert!(p.equal(other_p), "{what}");
+                    for (moment, other) in moments.iter().zip(other_moments) {
+                        assert!(moment.codes.equal(&other.codes) && moment.absmax.equal(&other.absmax), "{what}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_does_not_fit_is_refused() {
         let books = [&book(true), &book(false)];

@@ -19,13 +19,16 @@ pub enum CpuKernels {
     Avx512,
     /// AVX-512 with products of bytes.
     Avx512Vnni,
-    /// AVX-512 with products of bf16.
+    /// AVX-512 with products and permutations of bytes.
+    Avx512Vbmi,
+    /// AVX-512 with all that and products of bf16.
     Avx512Bf16,
 }
 
 impl CpuKernels {
     /// All, the best last.
-    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
+    pub const ALL: [Self; 6] =
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Vbmi, Self::Avx512Bf16];
 
     /// The best that this CPU runs, or what `BBT_CPU_KERNELS` asks for.
     ///
@@ -63,6 +66,7 @@ impl CpuKernels {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Avx512Vbmi => "avx512vbmi",
             Self::Avx512Bf16 => "avx512bf16",
         }
     }
@@ -78,7 +82,8 @@ impl CpuKernels {
                 Self::Avx2.runs_here() && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
             }
             Self::Avx512Vnni => Self::Avx512.runs_here() && has!("avx512vnni"),
-            Self::Avx512Bf16 => Self::Avx512Vnni.runs_here() && has!("avx512bf16"),
+            Self::Avx512Vbmi => Self::Avx512Vnni.runs_here() && has!("avx512vbmi"),
+            Self::Avx512Bf16 => Self::Avx512Vbmi.runs_here() && has!("avx512bf16"),
         }
     }
 

@@ -128,9 +128,17 @@ def learning_rate(step, args):
     return args["lr"] * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def continue_training(source, text, stop, target):
-    """Resumes `source` as a PyTorch trainer does (plain torch.load, strict state_dict, AdamW state), trains
-    on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`."""
+def optimizer_class(name):
+    if name == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    return {"adamw8bit": bitsandbytes.optim.AdamW8bit}[name]
+
+
+def continue_training(source, text, stop, target, name):
+    """Resumes `source` as a PyTorch trainer does (plain torch.load, strict state_dict, state of the optimizer `name`),
+    trains on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`."""
     torch.manual_seed(0)
     checkpoint = torch.load(source)  # weights_only=True is the default
     args = checkpoint["args"]
@@ -140,7 +148,9 @@ def continue_training(source, text, stop, target):
     shared = checkpoint["model"]["lm_head.weight"].data_ptr() == checkpoint["model"]["tok_emb.weight"].data_ptr()
     assert shared, "the tied head has a storage of its own"
     assert checkpoint["model"]._metadata == model_metadata(model), checkpoint["model"]._metadata
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args["lr"], betas=(0.9, 0.95), weight_decay=args["wd"])
+    optimizer = optimizer_class(name)(
+        model.parameters(), lr=args["lr"], betas=(0.9, 0.95), weight_decay=args["wd"]
+    )
     expected = set(optimizer.param_groups[0])
     assert set(checkpoint["opt"]["param_groups"][0]) == expected, (checkpoint["opt"]["param_groups"], expected)
     optimizer.load_state_dict(checkpoint["opt"])
@@ -180,5 +190,5 @@ def model_metadata(model):
 
 
 if __name__ == "__main__":
-    source, text, stop, target = sys.argv[1:]
-    continue_training(source, text, int(stop), target)
+    source, text, stop, target, name = sys.argv[1:]
+    continue_training(source, text, int(stop), target, name)

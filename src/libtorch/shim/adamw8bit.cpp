@@ -3,6 +3,7 @@
 #include "shim.h"
 
 #include "../kernels/cpu/adamw8bit.h"
+#include "../kernels/cpu/adamw8bit_lookup.h"
 
 #include <ATen/Parallel.h>
 
@@ -13,10 +14,14 @@ namespace {
 using at::Tensor;
 using bbt::adamw8bit::CodeBook;
 using bbt::adamw8bit::kBlock;
+using bbt::adamw8bit::Lookup;
 using bbt::adamw8bit::Moment;
 
 // Blocks that a task steps at least, which is some ten microseconds.
 constexpr int64_t kTaskBlocks = 32;
+
+// As cpu_kernels.rs counts them.
+constexpr int kVbmi = 4;
 
 const bbt::adamw8bit::Kernels& kernels(int isa) {
 #if defined(__x86_64__)
@@ -35,7 +40,7 @@ void check(const Tensor& tensor, at::ScalarType dtype, int64_t numel, const char
 CodeBook code_book(at::Tensor* const* book) {
   check(*book[0], at::kFloat, 256, "a book's values");
   check(*book[1], at::kByte, 1 << 16, "a book's nearest codes");
-  return {book[0]->data_ptr<float>(), book[1]->data_ptr<uint8_t>()};
+  return {book[0]->data_ptr<float>(), book[1]->data_ptr<uint8_t>(), nullptr};
 }
 
 Moment moment(const Tensor& codes, const Tensor& absmax, const CodeBook& book, int64_t n, int64_t blocks) {
@@ -53,8 +58,14 @@ extern "C" char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* c
                                double beta2, double weight_decay, double eps, at::Tensor* found_inf) {
   return bbt::guarded([&] {
     if (found_inf->item<float>() == 1) return;
-    const CodeBook first = code_book(book1), second = code_book(book2);
-    const auto kernel = kernels(isa).step;
+    CodeBook first = code_book(book1), second = code_book(book2);
+    auto kernel = kernels(isa).step;
+    Lookup lookup1, lookup2;
+    if (isa >= kVbmi && lookup1.cut(first, true) && lookup2.cut(second, false)) {
+      first.lookup = &lookup1;
+      second.lookup = &lookup2;
+      kernel = bbt::adamw8bit::kAvx512Vbmi.step;
+    }
     for (size_t i = 0; i < n; ++i) {
       const int64_t numel = params[i]->numel(), blocks = (numel + kBlock - 1) / kBlock;
       check(*params[i], at::kFloat, numel, "a parameter");

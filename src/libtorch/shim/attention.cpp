@@ -30,7 +30,7 @@ const Kernels& kernels(int64_t isa, at::ScalarType dtype) {
   const bool fp32 = dtype == at::kFloat;
 #if defined(__x86_64__)
   // Only products of bf16 gain by the bf16 instructions.
-  if (isa == 4 && !fp32) return a::kAvx512Bf16;
+  if (isa == 5 && !fp32) return a::kAvx512Bf16;
   if (isa >= 2) return fp32 ? a::kAvx512Float : a::kAvx512BFloat16;
   if (isa == 1) return fp32 ? a::kAvx2Float : a::kAvx2BFloat16;
 #endif

@@ -10,12 +10,16 @@ namespace bbt::adamw8bit {
 // Neighbours that share one scale.
 constexpr int64_t kBlock = 256;
 
+struct Lookup;
+
 // The values that 8 bits stand for, ascending, and how one is found.
 struct CodeBook {
   // [256]
   const float* values;
   // The codes of the values nearest to 65536 numbers from -1 to 1, evenly spaced.
   const uint8_t* nearest;
+  // The same for kAvx512Vbmi, which needs it.
+  const Lookup* lookup;
 };
 
 // A moment of one parameter: values[code] * absmax.
@@ -47,6 +51,6 @@ struct Kernels {
   void (*step)(const Problem&, int64_t begin, int64_t end);
 };
 
-extern const Kernels kAvx512, kAvx2, kPortable;
+extern const Kernels kAvx512Vbmi, kAvx512, kAvx2, kPortable;
 
 }  // namespace bbt::adamw8bit

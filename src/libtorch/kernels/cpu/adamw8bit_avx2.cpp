@@ -1,3 +1,3 @@
 #include "adamw8bit_kernels.h"
 
-constexpr bbt::adamw8bit::Kernels bbt::adamw8bit::kAvx2 = kernels;
+constexpr bbt::adamw8bit::Kernels bbt::adamw8bit::kAvx2 = {step};

@@ -17,16 +17,23 @@ BBT_INLINE void dequantize(const uint8_t* codes, float absmax, const float* valu
   for (int64_t i = 0; i < kBlock; ++i) to[i] = values[codes[i]] * absmax;
 }
 
+// Of numbers that are not negative.
+BBT_INLINE float largest(Vec x) {
+  for (int n = kLanes / 2; n > 0; n /= 2) x = larger(__builtin_shuffle(x, iota() ^ n), x);
+  return x[0];
+}
+
+// What a block's values are divided by before they are rounded.
+BBT_INLINE float divisor(float absmax) { return absmax > 0 ? absmax : 1; }
+
 // Rounds to values of the book times the block's largest magnitude, which is returned. `x` is overwritten.
 BBT_INLINE float quantize(float* x, const CodeBook& book, uint8_t* codes) {
   Vec most = {};
   for (int64_t i = 0; i < kBlock; i += kLanes) most = larger(magnitude(load(x + i)), most);
-  float absmax = 0;
-  for (int i = 0; i < kLanes; ++i) absmax = most[i] > absmax ? most[i] : absmax;
-  const float divisor = absmax > 0 ? absmax : 1;
+  const float absmax = largest(most);
   int32_t places[kBlock];
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const Vec place = (load(x + i) / divisor + 1.0f) * 32767.5f + 0.5f;
+    const Vec place = (load(x + i) / divisor(absmax) + 1.0f) * 32767.5f + 0.5f;
     store_bits(places + i, reinterpret_cast<BitVec>(__builtin_convertvector(place, IntVec)) & 0xffff);
   }
   for (int64_t i = 0; i < kBlock; ++i) codes[i] = book.nearest[places[i]];
@@ -76,7 +83,5 @@ void step(const Problem& p, int64_t begin, int64_t end) {
     __builtin_memcpy(second, seconds, n);
   }
 }
-
-constexpr bbt::adamw8bit::Kernels kernels = {step};
 
 }  // namespace
