@@ -6,8 +6,8 @@ use crate::libtorch::{BLOCK, blocks};
 use crate::utils::optim::Piece;
 
 /// Parameters lie one behind the other, each from the beginning of a block of 8-bit moments on, and ranks have the same
-/// number of blocks: so a rank's part is made of pieces of parameters that divide no block, at most one of each. What is
-/// left, behind a parameter and at the end, belongs to none.
+/// number of blocks: so a rank's part is made of pieces of parameters that divide no block, at most one of each. What
+/// is left, behind a parameter and at the end, belongs to none.
 #[derive(Debug)]
 pub struct Layout {
     sizes: Vec<Vec<i64>>,

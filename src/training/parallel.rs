@@ -134,7 +134,7 @@ impl Parallel {
 
     /// Makes the micro-batches' loss, the gradient's norm, whether a gradient is not finite, and whether to
     /// stop, the same on every rank: the mean, the norm over all parts, and whether on any rank. One small
-    /// all-reduce. All fp32 `[]` on the model's device; `norm` (but of no gradients, on any device) and `found_inf` are of
+    /// all-reduce. All fp32 `[]` on the model's device; `norm` (of no gradients: on any device) and `found_inf` are of
     /// this rank's gradients. If their `norms` are given, one each, the same message carries what the norm of each
     /// parameter's gradient is made of, where no rank has it whole.
     ///

@@ -1,9 +1,9 @@
 //! The optimizer's state sharded over ranks: ZeRO stage 1 (Rajbhandari et al. 2020, arXiv 1910.02054).
 //!
-//! All parameters lie in one flat tensor, and so do their gradients, each rank having an equal part ([`Layout`]). A step
-//! is: reduce-scatter (each rank gets the mean gradient of its part), the optimizer on what pieces of parameters that
-//! part is made of, all-gather of the parameters. So a rank keeps 1/N of the moments, of AdamW's 8 bytes a parameter or
-//! AdamW8bit's 2, and sends as much as an all-reduce would.
+//! All parameters lie in one flat tensor, and so do their gradients, each rank having an equal part ([`Layout`]). A
+//! step is: reduce-scatter (each rank gets the mean gradient of its part), the optimizer on what pieces of parameters
+//! that part is made of, all-gather of the parameters. So a rank keeps 1/N of the moments, of AdamW's 8 bytes a
+//! parameter or AdamW8bit's 2, and sends as much as an all-reduce would.
 
 use tch::{Device, Kind, Tensor};
 
