@@ -741,9 +741,6 @@ impl Config {
         self.optim.validate()?;
         self.train.validate()?;
         self.ddp.validate()?;
-        if self.optim.name == OptimizerName::AdamW8bit && self.ddp.zero_stage > 0 {
-            return Err(invalid("optim.name", "adamw8bit does not shard yet: set ddp.zero_stage to 0, or use adamw"));
-        }
         let (steps, warmup) = (self.train.steps, self.optim.warmup(self.train.steps));
         let decay = self.optim.decay_steps(steps);
         if self.optim.schedule == Schedule::Wsd && decay > steps.saturating_sub(warmup) {

@@ -247,10 +247,6 @@ fn what_cannot_go_on_names_the_way_out() {
 
         assert!(way.iter().all(|way| message.contains(way)) && message.contains("--no-opt-state"), "{message}");
     }
-    let mut sharded = config(OptimizerName::AdamW8bit, Precision::Fp32, &path("other"));
-    sharded.ddp.zero_stage = 1;
-    let message = error(sharded, Start::Fresh);
-    assert!(message.contains("optim.name") && message.contains("ddp.zero_stage"), "{message}");
     let message = convert(&path("run/ckpt.pt"), &path("x.safetensors"), None, Some(OptimizerName::AdamW8bit));
     assert!(message.expect_err("no moments").to_string().contains("--optim"));
 

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bbt::checkpoint::{Value, torch_file};
-use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, Precision, WeightQuant};
+use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, OptimizerName, Precision, WeightQuant};
 use bbt::data::Order;
 use bbt::launch::RankEnv;
 use bbt::training::{Start, Trainer, Verdict, setup_ddp};
@@ -22,6 +22,9 @@ use tch::Tensor;
 /// Weights and activations in full precision: without rounding to codes, sums in another order stay as close
 /// as fp32 rounding makes them.
 const SMOOTH: &str = "--set quant.weight=none --set quant.act=none";
+
+/// Moments of 8 bits of the embedding and of what is as large: matrices of 128 × 32.
+const EIGHT_BITS: &str = "--set optim.name=adamw8bit --set model.d_ff=128";
 
 fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
@@ -43,6 +46,12 @@ fn rank(ws: &Workspace, line: &str, rank: usize, world: usize, port: u16) -> Com
 fn start(ws: &Workspace, line: &str, world: usize) -> Vec<Running> {
     let port = free_port();
     (0..world).map(|r| Running::start(rank(ws, line, r, world, port))).collect()
+}
+
+/// `world` ranks without a launcher, which takes a second to start; all must succeed.
+fn ranks(ws: &Workspace, world: usize, line: &str) {
+    let done: Vec<Done> = start(ws, line, world).into_iter().map(Running::wait).collect();
+    assert!(done.iter().all(|d| d.status == Some(0)), "{world} ranks of bbt {line}: {done:?}");
 }
 
 fn torchrun_command(ws: &Workspace, world: usize, flags: &str, line: &str) -> Command {
@@ -214,6 +223,94 @@ fn at_the_same_world_size_a_resumed_run_is_bit_identical() {
 }
 
 #[test]
+fn sharded_moments_are_those_of_one_process_to_the_last_bit() {
+    let ws = Workspace::new();
+    // The largest gradients are clipped.
+    let flags = "train --config tiny.yaml --set optim.grad_clip=0.5";
+    let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
+    let same = |a: &str, b: &str| {
+        assert_eq!(difference(&ws, a, b), 0.0, "{a} {b}");
+        for key in ["model", "opt"] {
+            let of = |run: &str| read(run).get(key).expect(key).clone();
+            assert_same_checkpoint(&of(a), &of(b), &format!("{a} {b} {key}"));
+        }
+    };
+    for (name, optim) in [("adamw", "--set model.d_ff=128"), ("adamw8bit", EIGHT_BITS)] {
+        let flags = format!("{flags} {optim}");
+        ws.ok(&format!("{flags} --batch-size 2 --out {name}"));
+        let sharded = "--ddp --set ddp.zero_stage=1";
+        ranks(&ws, 1, &format!("{flags} --batch-size 2 --out {name}-one {sharded}"));
+        same(name, &format!("{name}-one"));
+        // Two addends have one sum; the norm of all, by which is clipped, is added up in another order.
+        let flags = format!("{flags} --batch-size 1 --set optim.grad_clip=0");
+        ranks(&ws, 2, &format!("{flags} --out {name}-whole --ddp"));
+        ranks(&ws, 2, &format!("{flags} --out {name}-two {sharded}"));
+        same(&format!("{name}-whole"), &format!("{name}-two"));
+        // What other ranks, or none, take over of it.
+        for (world, zero) in [(3, 1), (1, 0)] {
+            let out = format!("{name}-taken-by-{world}");
+            let line = format!("{flags} --out {out} --resume {name}-two/ckpt-00000004.pt --set train.stop_at=4");
+            ranks(&ws, world, &format!("{line} --ddp --set ddp.zero_stage={zero}"));
+            let opt = |path: &str| torch_file::read(&ws.path(path)).expect("reads").get("opt").expect("opt").clone();
+            let (given, taken) = (opt(&format!("{name}-two/ckpt-00000004.pt")), opt(&format!("{out}/ckpt.pt")));
+            assert_same_checkpoint(&given, &taken, &out);
+        }
+    }
+}
+
+#[test]
+fn a_resumed_run_of_sharded_moments_of_8_bits_is_bit_identical() {
+    let ws = Workspace::new();
+    for (world, precision) in [(3, "fp32"), (2, "bf16")] {
+        let flags = format!(
+            "train --config tiny.yaml --batch-size 1 --set train.grad_accum=2 --set train.precision={precision} \
+             {EIGHT_BITS} --set ddp.zero_stage=1"
+        );
+        let (whole, parts) = (format!("whole-{precision}"), format!("parts-{precision}"));
+        ranks(&ws, world, &format!("{flags} --out {whole}"));
+        ranks(&ws, world, &format!("{flags} --out {parts} --set train.stop_at=3"));
+        ranks(&ws, world, &format!("{flags} --out {parts} --resume auto"));
+        assert_eq!(difference(&ws, &whole, &parts), 0.0);
+        let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
+        assert_same_checkpoint(&read(&whole), &read(&parts), "");
+    }
+}
+
+#[test]
+fn moments_of_8_bits_go_from_two_ranks_to_three_to_one() {
+    let ws = Workspace::new();
+    let flags = format!("train --config tiny.yaml --steps 12 {EIGHT_BITS} {SMOOTH}");
+    ws.ok(&format!("{flags} --batch-size 6 --out whole"));
+    let whole = ws.losses("whole/metrics.jsonl");
+    let sharded = "--set ddp.zero_stage=1";
+    ranks(&ws, 2, &format!("{flags} --batch-size 3 --out run {sharded} --set train.stop_at=4"));
+    ranks(&ws, 3, &format!("{flags} --batch-size 2 --out run {sharded} --set train.stop_at=8 --resume auto"));
+    ws.ok(&format!("{flags} --batch-size 6 --out run --resume auto"));
+    let run = ws.losses("run/metrics.jsonl");
+    assert!(run.keys().eq(whole.keys()), "{run:?}");
+    for (step, loss) in run {
+        // Where a moment lies between two codes, the order of a sum decides.
+        assert!((loss - whole[&step]).abs() < 1e-4, "step {step}: {loss} {}", whole[&step]);
+    }
+}
+
+#[test]
+fn a_rank_that_has_no_part_of_the_parameters_takes_part() {
+    let ws = Workspace::new();
+    // Twelve blocks: three each for four of five ranks.
+    let model = "--set model.d_model=2 --set model.n_head=1 --set model.d_ff=4 --set model.n_layer=1";
+    let more = "--set optim.decay=matrices --set train.internals_every=1 --set train.precision=fp16 --steps 8";
+    for name in ["adamw", "adamw8bit"] {
+        let flags = format!("train --config tiny.yaml {model} {more} --set optim.name={name} {SMOOTH}");
+        ws.ok(&format!("{flags} --batch-size 5 --out {name}"));
+        let sharded = format!("{flags} --batch-size 1 --out {name}5 --set ddp.zero_stage=1");
+        ranks(&ws, 5, &format!("{sharded} --set train.stop_at=4"));
+        ranks(&ws, 5, &format!("{sharded} --resume auto"));
+        assert!(difference(&ws, name, &format!("{name}5")) < 1e-4, "{}", difference(&ws, name, &format!("{name}5")));
+    }
+}
+
+#[test]
 fn the_same_parameters_decay_however_they_are_dealt_out() {
     let ws = Workspace::new();
     // So much decay that a parameter without it, or with it twice, would show.
@@ -320,6 +417,39 @@ fn a_nan_on_one_rank_makes_all_skip_the_step() {
         let expected = if zero == 1 { 1 } else { 4 };
         assert_eq!((skipped, skipped_there, completed), (expected, expected, 4), "zero {zero} {precision:?}");
         assert!(weights.iter().all(|w| w.is_finite()), "the healthy rank's weights are as they were");
+    }
+}
+
+#[test]
+fn each_of_two_ranks_keeps_half_of_the_optimizers_state() {
+    let ws = Workspace::new();
+    let bytes = |config: &Config| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let port = free_port();
+        let ranks = [0, 1].map(|r| {
+            let tell = tell.clone();
+            in_thread(r, port, config.clone(), move |trainer| tell.send(trainer.optimizer_bytes()).expect("a listener"))
+        });
+        ranks.into_iter().for_each(|rank| drop(rank.join().expect("a rank")));
+        [told.recv().expect("a rank"), told.recv().expect("a rank")].map(|bytes| bytes as f64)
+    };
+    for name in [OptimizerName::AdamW, OptimizerName::AdamW8bit] {
+        let mut config = small_config(&ws);
+        config.model.d_ff = 128;
+        config.optim.name = name;
+        config.train.out = ws.path(format!("{name:?}"));
+        let whole = bytes(&config);
+        config.ddp.zero_stage = 1;
+        let parts = bytes(&config);
+        let per_parameter = whole[0] / config.model.parameters() as f64;
+        // Some matrices of this model are too small for 8 bits.
+        let expected = if name == OptimizerName::AdamW { 8.0..8.1 } else { 2.0..5.0 };
+        assert!(whole[0] == whole[1] && expected.contains(&per_parameter), "{name:?}: {per_parameter}");
+        for part in parts {
+            assert!((part / whole[0] - 0.5).abs() < 0.15, "{name:?}: {parts:?} of {whole:?}");
+        }
+        let both = parts[0] + parts[1];
+        assert!((both / whole[0] - 1.0).abs() < 0.01, "{name:?}: {parts:?} of {whole:?}");
     }
 }
 

@@ -9,6 +9,11 @@ use super::{AdamWStep, Error, ffi, mark_written};
 /// Neighbours that share one scale.
 pub const BLOCK: i64 = 256;
 
+/// Blocks of `n` neighbours, the last of which may be shorter.
+pub fn blocks(n: i64) -> i64 {
+    (n + BLOCK - 1) / BLOCK
+}
+
 /// The 256 values, ascending and within -1 to 1, that codes stand for, times their block's largest magnitude.
 ///
 /// As in bitsandbytes' CPU library (0.50), a number is first rounded to one of 65536 from -1 to 1, evenly spaced and
@@ -25,9 +30,20 @@ impl CodeBook {
     /// The book of these values.
     pub fn new(values: &[f32; 256]) -> Self {
         let between: Vec<f64> = values.windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
-        let code = |place: i32| between.partition_point(|&b| b < f64::from(place) / 32767.5 - 1.0) as u8;
-        let nearest: Vec<u8> = (0..1 << 16).map(code).collect();
+        // Both ascend. A checkpoint of N ranks makes 2 N of these.
+        let mut code = 0;
+        let mut nearest_to = |place: i32| {
+            let number = f64::from(place) / 32767.5 - 1.0;
+            code += between[code..].iter().take_while(|&&bound| bound < number).count();
+            code as u8
+        };
+        let nearest: Vec<u8> = (0..1 << 16).map(&mut nearest_to).collect();
         Self { values: Tensor::from_slice(values), nearest: Tensor::from_slice(&nearest) }
+    }
+
+    /// Another handle to it.
+    pub fn shallow_clone(&self) -> Self {
+        Self { values: self.values.shallow_clone(), nearest: self.nearest.shallow_clone() }
     }
 
     /// Its values: fp32 `[256]`.
@@ -75,10 +91,18 @@ pub struct Moment8bit {
 impl Moment8bit {
     /// That of a parameter of shape `size` before the first step, as bitsandbytes has it: all zeros.
     pub fn zeros(size: &[i64], device: Device) -> Self {
-        let blocks = (size.iter().product::<i64>() + BLOCK - 1) / BLOCK;
         Self {
             codes: Tensor::zeros(size, (Kind::Uint8, device)),
-            absmax: Tensor::zeros([blocks], (Kind::Float, device)),
+            absmax: Tensor::zeros([blocks(size.iter().product())], (Kind::Float, device)),
+        }
+    }
+
+    /// That of `len` neighbours from the `start`-th on, which begins a block; they end one, or are the last. A view
+    /// `[len]`.
+    pub fn narrow(&self, start: i64, len: i64) -> Self {
+        Self {
+            codes: self.codes.view([-1]).narrow(0, start, len),
+            absmax: self.absmax.narrow(0, start / BLOCK, blocks(len)),
         }
     }
 }

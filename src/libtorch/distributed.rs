@@ -208,11 +208,15 @@ impl ProcessGroup {
         ffi::check(unsafe { ffi::bbt_all_reduce(self.handle.raw, tensor.as_ptr(), c_int::from(op == ReduceOp::Max)) })
     }
 
-    /// Copies rank `root`'s `tensors` into those of every rank.
+    /// Copies rank `root`'s `tensors` into those of every rank, which are of the same kinds and shapes.
     ///
     /// # Errors
     /// As [`ProcessGroup::all_reduce`].
     pub fn broadcast(&self, tensors: &[Tensor], root: usize) -> Result<(), Error> {
+        // c10d refuses an empty list. It is empty on every rank.
+        if tensors.is_empty() {
+            return Ok(());
+        }
         let _no_grad = tch::no_grad_guard();
         let list = ffi::pointers(tensors);
         // SAFETY: a live group and list of live tensors.

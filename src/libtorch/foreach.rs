@@ -1,7 +1,7 @@
 //! Operations over all parameters at once: `torch._fused_adamw_`, `torch._foreach_norm`, and the
 //! gradient scaler's unscale.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{Error, ffi, mark_written};
 
@@ -38,6 +38,10 @@ pub fn fused_adamw(
     if [grads.len(), exp_avgs.len(), exp_avg_sqs.len(), steps.len()] != [n; 4] {
         return Err(Error("fused_adamw needs lists of one length".into()));
     }
+    // libtorch refuses empty lists, here and below; a rank may have no part of the parameters.
+    if n == 0 {
+        return Ok(());
+    }
     let _no_grad = tch::no_grad_guard();
     let (p, g) = (ffi::pointers(params), ffi::pointers(grads));
     let (m, v, s) = (ffi::pointers(exp_avgs), ffi::pointers(exp_avg_sqs), ffi::pointers(steps));
@@ -64,11 +68,14 @@ pub fn fused_adamw(
 }
 
 /// The L2 norm of each of the n `tensors`: fp32 `[n]`, on their device. The norm of these is that of all of them
-/// taken as one vector, as `torch.nn.utils.get_total_norm` computes it.
+/// taken as one vector, as `torch.nn.utils.get_total_norm` computes it. Of none, `[0]` on the CPU.
 ///
 /// # Errors
-/// An empty list, or libtorch's own error.
+/// libtorch's own.
 pub fn foreach_norms(tensors: &[Tensor]) -> Result<Tensor, Error> {
+    if tensors.is_empty() {
+        return Ok(Tensor::zeros([0], (Kind::Float, Device::Cpu)));
+    }
     let _no_grad = tch::no_grad_guard();
     let list = ffi::pointers(tensors);
     let mut norms = std::ptr::null_mut();
@@ -84,6 +91,9 @@ pub fn foreach_norms(tensors: &[Tensor]) -> Result<Tensor, Error> {
 /// # Errors
 /// libtorch's own error.
 pub fn foreach_mul(tensors: &[Tensor], factor: &Tensor) -> Result<(), Error> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
     let _no_grad = tch::no_grad_guard();
     let list = ffi::pointers(tensors);
     // SAFETY: a list of live tensors and a live factor.
@@ -96,6 +106,9 @@ pub fn foreach_mul(tensors: &[Tensor], factor: &Tensor) -> Result<(), Error> {
 /// # Errors
 /// libtorch's own error.
 pub fn amp_unscale(grads: &[Tensor], found_inf: &Tensor, inverse_scale: &Tensor) -> Result<(), Error> {
+    if grads.is_empty() {
+        return Ok(());
+    }
     let _no_grad = tch::no_grad_guard();
     let list = ffi::pointers(grads);
     // SAFETY: a list of live tensors and two live scalars.

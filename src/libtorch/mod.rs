@@ -21,7 +21,7 @@ mod memory;
 mod recompute;
 mod storage;
 
-pub use adamw8bit::{BLOCK, CodeBook, Moment8bit, adamw8bit};
+pub use adamw8bit::{BLOCK, CodeBook, Moment8bit, adamw8bit, blocks};
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype, autocast_kind};
 pub use cpu_kernels::CpuKernels;

@@ -4,6 +4,7 @@ pub mod ddp;
 pub mod evaluation;
 mod graph;
 mod internals;
+mod layout;
 pub mod loss;
 pub mod lr_scheduler;
 pub mod metrics;

@@ -9,7 +9,7 @@ use super::zero::Shards;
 use crate::config::{DdpConfig, OptimConfig};
 use crate::libtorch::{Error, ProcessGroup, ReduceOp, Reducer, cpu_bytes};
 use crate::utils::decay::DecayingTensors;
-use crate::utils::optim::{AdamWState, Optimizer, OptimizerState};
+use crate::utils::optim::{Optimizer, OptimizerState};
 
 /// One MiB.
 const MIB: i64 = 1 << 20;
@@ -53,7 +53,7 @@ impl Parallel {
             }
             _ => {
                 let shards = Shards::new(params, ddp.rank(), ddp.world_size()).map_err(own)?;
-                let optimizer = Optimizer::new(vec![shards.param()], optim);
+                let optimizer = shards.optimizer(optim);
                 (Averaging::Sharded(shards), optimizer)
             }
         };
@@ -128,15 +128,15 @@ impl Parallel {
     pub fn gradients(&mut self, optimizer: &Optimizer) -> Result<Vec<Tensor>, DdpError> {
         match &mut self.averaging {
             Averaging::Reducer(_) => Ok(optimizer.gradients()),
-            Averaging::Sharded(shards) => Ok(vec![self.ddp.collective(|| shards.reduce_gradients(&self.group))?]),
+            Averaging::Sharded(shards) => self.ddp.collective(|| shards.reduce_gradients(&self.group)),
         }
     }
 
     /// Makes the micro-batches' loss, the gradient's norm, whether a gradient is not finite, and whether to
     /// stop, the same on every rank: the mean, the norm over all parts, and whether on any rank. One small
-    /// all-reduce. All fp32 `[]` on the model's device; `norm` and `found_inf` are of this rank's gradients. If `norms`
-    /// are asked for, the same message carries what the norm of each parameter's gradient is made of, where no rank has
-    /// it whole.
+    /// all-reduce. All fp32 `[]` on the model's device; `norm` (of no gradients: on any device) and `found_inf` are of
+    /// this rank's gradients. If their `norms` are given, one each, the same message carries what the norm of each
+    /// parameter's gradient is made of, where no rank has it whole.
     ///
     /// # Errors
     /// A rank is lost.
@@ -146,19 +146,18 @@ impl Parallel {
         norm: &Tensor,
         found_inf: &Tensor,
         stop: bool,
-        norms: bool,
+        norms: Option<&Tensor>,
     ) -> Result<Agreed, DdpError> {
-        let squared = norm.to_kind(Kind::Double).square();
+        let squared = norm.to_device(loss.device()).to_kind(Kind::Double).square();
         let stop = Tensor::full([], if stop { 1.0 } else { 0.0 }, (Kind::Double, loss.device()));
         let of_rank = [loss.to_kind(Kind::Double), squared, found_inf.to_kind(Kind::Double), stop];
         let mut sums = Tensor::stack(&of_rank, 0);
-        let sharded = match &self.averaging {
-            Averaging::Sharded(shards) if norms => Some(shards),
-            _ => None,
+        let squared_norms = match &self.averaging {
+            Averaging::Sharded(shards) => norms.map(|norms| shards.squared_norms(norms)),
+            Averaging::Reducer(_) => None,
         };
-        if let Some(shards) = sharded {
-            let own = |source| DdpError::Lost { rank: self.ddp.rank(), source };
-            sums = Tensor::cat(&[sums, shards.squared_norms().map_err(own)?], 0);
+        if let Some(squared_norms) = &squared_norms {
+            sums = Tensor::cat(&[&sums, squared_norms], 0);
         }
         self.ddp.collective(|| self.group.all_reduce(&sums, ReduceOp::Sum))?;
         let norm = match &self.averaging {
@@ -171,7 +170,7 @@ impl Parallel {
             norm,
             found_inf: sums.get(2).gt(0.0).to_kind(Kind::Float),
             stop: sums.get(3),
-            norms: sharded.map(|_| sums.narrow(0, 4, sums.size()[0] - 4).sqrt()),
+            norms: squared_norms.map(|_| sums.narrow(0, 4, sums.size()[0] - 4).sqrt()),
         })
     }
 
@@ -209,10 +208,7 @@ impl Parallel {
     pub fn gather_state(&self, optimizer: &Optimizer) -> Result<Option<OptimizerState>, DdpError> {
         match &self.averaging {
             Averaging::Reducer(_) => Ok(None),
-            Averaging::Sharded(shards) => {
-                let whole = self.ddp.collective(|| shards.gather_state(&self.group, part(&optimizer.state)))?;
-                Ok(Some(OptimizerState::AdamW(whole)))
-            }
+            Averaging::Sharded(shards) => self.ddp.collective(|| shards.gather_state(&self.group, &optimizer.state)),
         }
     }
 
@@ -230,11 +226,7 @@ impl Parallel {
                 self.ddp.collective(|| self.group.broadcast(&tensors, 0))
             }
             Averaging::Sharded(shards) => {
-                let whole = match &whole {
-                    Some(OptimizerState::AdamW(whole)) => Some(&whole[..]),
-                    _ => None,
-                };
-                self.ddp.collective(|| shards.scatter_state(&self.group, whole, part(&optimizer.state)))
+                self.ddp.collective(|| shards.scatter_state(&self.group, whole.as_ref(), &mut optimizer.state))
             }
         }
     }
@@ -253,14 +245,6 @@ impl Parallel {
             Averaging::Reducer(reducer) => Some(reducer),
             Averaging::Sharded(_) => None,
         }
-    }
-}
-
-/// The state of a rank's part.
-fn part(state: &OptimizerState) -> &AdamWState {
-    match state {
-        OptimizerState::AdamW(state) => &state[0],
-        OptimizerState::AdamW8bit(_) => unreachable!("Config::validate lets only AdamW shard"),
     }
 }
 

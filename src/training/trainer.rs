@@ -241,7 +241,7 @@ impl Trainer {
             }
             .into());
         }
-        check_memory(&config, device)?;
+        check_memory(&config, ddp.as_ref().map_or(1, |ddp| ddp.world_size()), device)?;
         let train_set = open(&config.data.train, "data.train")?;
         for (_, seq_len) in config.data.curriculum() {
             config.data.order.windows(train_set.as_ref(), seq_len as usize).map_err(in_train_data)?;
@@ -599,7 +599,8 @@ impl Trainer {
         let mut norm = norms.norm();
         let mut stop = Tensor::zeros([], (Kind::Double, self.device));
         if let Some(parallel) = &self.parallel {
-            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst), reported)?;
+            let of_each = reported.then_some(&norms);
+            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst), of_each)?;
             (loss, norm, found_inf, stop) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.stop);
             norms = agreed.norms.unwrap_or(norms);
             bytes *= parallel.ddp().world_size() as u64;
@@ -824,17 +825,18 @@ fn open(spec: &str, key: &'static str) -> Result<Arc<dyn ByteDataset>, TrainErro
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryNeed {
     /// Weights, gradients and the optimizer's two moments: 16 bytes a parameter, or 10 with moments of 8 bits, and 2
-    /// for the quantized weight.
+    /// for the quantized weight. Of N ranks that shard (`ddp.zero_stage`) each has an N-th of the moments, and of 8 bytes
+    /// that it steps and sends with.
     pub state: u64,
     /// Activations of one micro-batch at the longest sequence, roughly.
     pub activations: u64,
 }
 
-/// What training `config` takes, in bytes. The codes of the last look inside are a byte a parameter. Activations are estimated from the tensors that autograd
-/// keeps: per layer and token, in values of 4 bytes, 2 d with checkpointing (the inputs of both halves), else about
-/// 9 d + 3 d_ff under fused kernels and 20 d + 8 d_ff under libtorch's; one half of a block is always live, and the
-/// logits three times.
-pub fn memory_need(config: &Config) -> MemoryNeed {
+/// What training `config` takes on each of so many ranks, in bytes. The codes of the last look inside are a byte a
+/// parameter. Activations are estimated from the tensors that autograd keeps: per layer and token, in values of 4 bytes,
+/// 2 d with checkpointing (the inputs of both halves), else about 9 d + 3 d_ff under fused kernels and 20 d + 8 d_ff
+/// under libtorch's; one half of a block is always live, and the logits three times.
+pub fn memory_need(config: &Config, ranks: usize) -> MemoryNeed {
     let m = &config.model;
     let tokens = config.train.batch_size.saturating_mul(config.data.max_seq_len());
     let fused = config.quant.may_fuse();
@@ -847,20 +849,27 @@ pub fn memory_need(config: &Config) -> MemoryNeed {
         OptimizerName::AdamW8bit => 2,
     };
     let values = m.n_layer.saturating_mul(kept) + layer + 3 * crate::config::VOCAB_SIZE;
+    let parameters = m.parameters() as u64;
+    // A rank's part of the mean gradient, and of the parameters once more.
+    let stepped = match ranks as u64 {
+        ranks if ranks > 1 && config.ddp.zero_stage > 0 => parameters.saturating_mul(moments + 8).div_ceil(ranks),
+        _ => parameters.saturating_mul(moments),
+    };
     MemoryNeed {
         // Fused kernels keep each weight quantized, in two orders.
-        state: (8 + moments + if fused { 2 } else { 0 } + u64::from(config.train.internals_every > 0))
-            .saturating_mul(m.parameters() as u64),
+        state: (8 + if fused { 2 } else { 0 } + u64::from(config.train.internals_every > 0))
+            .saturating_mul(parameters)
+            .saturating_add(stepped),
         activations: 4u64.saturating_mul(tokens.saturating_mul(values) as u64),
     }
 }
 
-fn check_memory(config: &Config, device: Device) -> Result<(), TrainError> {
+fn check_memory(config: &Config, ranks: usize, device: Device) -> Result<(), TrainError> {
     let free = match device {
         Device::Cuda(index) => cuda_memory(index)?.free,
         _ => host_memory().available,
     };
-    let needed = memory_need(config);
+    let needed = memory_need(config, ranks);
     // Zero: the system does not say.
     if free > 0 && needed.state.saturating_add(needed.activations) > free {
         return Err(TrainError::Memory {
@@ -945,6 +954,23 @@ mod tests {
             for (name, tensor) in prompt.vs.variables() {
                 assert!(tensor.equal(&lagging.vs.variables()[&name]), "{name}");
             }
+        }
+    }
+
+    #[test]
+    fn what_ranks_share_out_each_needs_a_part_of() {
+        for (name, moments) in [(OptimizerName::AdamW, 8), (OptimizerName::AdamW8bit, 2)] {
+            let mut config = Config::default();
+            config.optim.name = name;
+            let parameters = config.model.parameters() as u64;
+            let whole = memory_need(&config, 1);
+            assert_eq!(memory_need(&config, 4), whole, "nothing is shared out");
+            config.ddp.zero_stage = 1;
+            assert_eq!(memory_need(&config, 1), whole, "nor is it by one rank");
+            // Of the moments, and of the gradient and the parameters in fp32.
+            let expected = whole.state - parameters * moments + parameters * (moments + 8) / 8;
+            let needed = memory_need(&config, 8);
+            assert!(needed.state.abs_diff(expected) <= 1 && needed.activations == whole.activations, "{needed:?}");
         }
     }
 

@@ -3,6 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::Piece;
 use crate::libtorch::{self, AdamWStep, Error};
 
 /// What `torch.optim.AdamW` keeps for one parameter.
@@ -21,6 +22,12 @@ impl AdamWState {
     pub fn zeros(size: &[i64], device: Device) -> Self {
         let zeros = |size: &[i64]| Tensor::zeros(size, (Kind::Float, device));
         Self { step: zeros(&[]), exp_avg: zeros(size), exp_avg_sq: zeros(size) }
+    }
+
+    /// That of a piece of the parameter: views, but for the step, which is the whole's.
+    pub(super) fn piece(&self, piece: Piece) -> Self {
+        let [exp_avg, exp_avg_sq] = [&self.exp_avg, &self.exp_avg_sq].map(|moment| piece.of(moment));
+        Self { step: self.step.shallow_clone(), exp_avg, exp_avg_sq }
     }
 
     /// Handles to the three tensors.

@@ -3,6 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::Piece;
 use super::adamw::{self, AdamWState};
 use crate::libtorch::{self, AdamWStep, CodeBook, Error, Moment8bit};
 
@@ -60,13 +61,29 @@ pub enum Moments {
 impl AdamW8bitState {
     /// The state of a parameter of shape `size` before the first step.
     pub fn zeros(size: &[i64], device: Device) -> Self {
+        Self::zeros_within(size.iter().product(), size, device)
+    }
+
+    /// That of a piece of shape `size` of a parameter of `numel` elements, which alone decide how moments are kept.
+    pub(super) fn zeros_within(numel: i64, size: &[i64], device: Device) -> Self {
         let zeros = |size: &[i64]| Tensor::zeros(size, (Kind::Float, device));
-        let moments = if size.iter().product::<i64>() < MIN_8BIT_SIZE {
+        let moments = if numel < MIN_8BIT_SIZE {
             Moments::Full([zeros(size), zeros(size)])
         } else {
             Moments::Quantized([Moment8bit::zeros(size, device), Moment8bit::zeros(size, device)])
         };
         Self { step: zeros(&[]), moments }
+    }
+
+    /// That of a piece of the parameter: views, but for the step, which is the whole's.
+    pub(super) fn piece(&self, piece: Piece) -> Self {
+        let moments = match &self.moments {
+            Moments::Full(moments) => Moments::Full(moments.each_ref().map(|moment| piece.of(moment))),
+            Moments::Quantized(moments) => {
+                Moments::Quantized(moments.each_ref().map(|moment| moment.narrow(piece.start, piece.len)))
+            }
+        };
+        Self { step: self.step.shallow_clone(), moments }
     }
 
     /// Handles to all tensors, the step first.
@@ -85,6 +102,12 @@ impl AdamW8bit {
         let book = |signed| CodeBook::new(&dynamic_map(signed));
         // The second moment, of squares, has no sign.
         Self { params, books: [book(true), book(false)] }
+    }
+
+    /// Of pieces of the parameters, as views.
+    pub(super) fn pieces(&self, pieces: &[Piece]) -> Self {
+        let params = pieces.iter().map(|piece| self.params[piece.param].piece(*piece)).collect();
+        Self { params, books: self.books.each_ref().map(CodeBook::shallow_clone) }
     }
 
     /// The values that codes of the first and of the second moment stand for: fp32 `[256]`.

@@ -3,10 +3,12 @@
 mod adamw;
 mod adamw8bit;
 mod grad_scaler;
+mod piece;
 
 pub use adamw::AdamWState;
 pub use adamw8bit::{AdamW8bit, AdamW8bitState, Moments, dynamic_map};
 pub use grad_scaler::{GradScaler, ScalerState};
+pub use piece::Piece;
 
 use tch::{Device, Tensor};
 
@@ -40,6 +42,33 @@ impl OptimizerState {
             OptimizerName::AdamW8bit => {
                 Self::AdamW8bit(AdamW8bit::new(sizes.map(|size| AdamW8bitState::zeros(size, device)).collect()))
             }
+        }
+    }
+
+    /// That of `pieces` of parameters of these shapes: the state of a whole parameter ([`OptimizerState::zeros`]), cut.
+    pub fn zeros_of_pieces<S: AsRef<[i64]>>(
+        name: OptimizerName,
+        sizes: &[S],
+        pieces: &[Piece],
+        device: Device,
+    ) -> Self {
+        let numel = |piece: &Piece| sizes[piece.param].as_ref().iter().product();
+        match name {
+            OptimizerName::AdamW => {
+                Self::AdamW(pieces.iter().map(|piece| AdamWState::zeros(&[piece.len], device)).collect())
+            }
+            OptimizerName::AdamW8bit => {
+                let zeros = |piece| AdamW8bitState::zeros_within(numel(piece), &[piece.len], device);
+                Self::AdamW8bit(AdamW8bit::new(pieces.iter().map(zeros).collect()))
+            }
+        }
+    }
+
+    /// That of `pieces` of the parameters, as views: what is written to them is written here.
+    pub fn pieces(&self, pieces: &[Piece]) -> Self {
+        match self {
+            Self::AdamW(state) => Self::AdamW(pieces.iter().map(|piece| state[piece.param].piece(*piece)).collect()),
+            Self::AdamW8bit(state) => Self::AdamW8bit(state.pieces(pieces)),
         }
     }
 
@@ -96,7 +125,20 @@ impl Optimizer {
         Self { params, state: OptimizerState::zeros(config.name, &sizes, device), config: config.clone() }
     }
 
-    /// The parameters, in PyTorch's order.
+    /// A fresh optimizer of `pieces` of parameters of shapes `sizes`; `params` are the pieces, `[len]` each. What it
+    /// does to them is what one over whole parameters does.
+    pub fn of_pieces<S: AsRef<[i64]>>(
+        params: Vec<Tensor>,
+        sizes: &[S],
+        pieces: &[Piece],
+        config: &OptimConfig,
+    ) -> Self {
+        let device = params.first().map_or(Device::Cpu, Tensor::device);
+        let state = OptimizerState::zeros_of_pieces(config.name, sizes, pieces, device);
+        Self { params, state, config: config.clone() }
+    }
+
+    /// What it steps: the parameters, in PyTorch's order, or pieces of them.
     pub fn params(&self) -> &[Tensor] {
         &self.params
     }
