@@ -88,13 +88,37 @@ fn run(program: &mut Command) {
     println!("{text}");
 }
 
+/// A misaligned pack, or an index beyond an array of the kernel, ends the program.
+const CHECKED: [&str; 3] =
+    ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
+
 #[test]
 fn emulated_kernels_are_the_formulas() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("kernels");
-    // A misaligned pack, or an index beyond an array of the kernel, ends the program.
-    let checked = ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
-    let sources: [(&str, &[&str]); 2] = [("tests/cuda/emulation.cpp", &checked), ("tests/cuda/run.cpp", &[])];
+    let sources: [(&str, &[&str]); 2] = [("tests/cuda/emulation.cpp", &CHECKED), ("tests/cuda/run.cpp", &[])];
+    build(&program, &sources, &[]);
+    run(&mut Command::new(program));
+}
+
+// Neither side may fuse a product and a sum, so that their bits can be compared.
+#[test]
+fn emulated_adamw8bit_is_the_cpus() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("adamw8bit");
+    let checked = [&CHECKED[..], &["-ffp-contract=off"]].concat();
+    let mut sources: Vec<(&str, &[&str])> = vec![
+        ("tests/cuda/emulation.cpp", &checked),
+        ("tests/cuda/adamw8bit.cpp", &[]),
+        ("src/libtorch/shim/adamw8bit.cpp", &[]),
+        ("src/libtorch/shim/adamw8bit_cuda.cpp", &[]),
+        ("src/libtorch/kernels/cpu/adamw8bit_portable.cpp", &["-O2", "-ffp-contract=off"]),
+    ];
+    // The shim names them.
+    if cfg!(target_arch = "x86_64") {
+        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx2.cpp", &["-mavx2", "-mfma"]));
+        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx512.cpp", &["-mavx512f", "-mavx512bw", "-mfma"]));
+    }
     build(&program, &sources, &[]);
     run(&mut Command::new(program));
 }

@@ -1,5 +1,5 @@
 //! AdamW over moments of 8 bits, as bitsandbytes keeps them (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-//! Quantization", arXiv 2110.02861), on the CPU.
+//! Quantization", arXiv 2110.02861), on the CPU and on CUDA.
 
 use tch::{Device, Kind, Tensor};
 
@@ -22,12 +22,15 @@ pub struct CodeBook {
 }
 
 impl CodeBook {
-    /// The book of these values.
-    pub fn new(values: &[f32; 256]) -> Self {
+    /// The book of these values, on `device`, which is to be that of the moments.
+    pub fn new(values: &[f32; 256], device: Device) -> Self {
         let between: Vec<f64> = values.windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
         let code = |place: i32| between.partition_point(|&b| b < f64::from(place) / 32767.5 - 1.0) as u8;
         let nearest: Vec<u8> = (0..1 << 16).map(code).collect();
-        Self { values: Tensor::from_slice(values), nearest: Tensor::from_slice(&nearest) }
+        Self {
+            values: Tensor::from_slice(values).to_device(device),
+            nearest: Tensor::from_slice(&nearest).to_device(device),
+        }
     }
 
     /// Its values: fp32 `[256]`.
@@ -86,9 +89,10 @@ impl Moment8bit {
 /// One AdamW step over all parameters, in place: each block of moments is made fp32, stepped, used, and rounded to 8
 /// bits again. The same bits for any number of threads.
 ///
-/// `params` and `grads` (fp32) and `moments`, the first and the second of each, have equal shapes pairwise; `steps` are
-/// fp32 `[]`, and counted up. All on the CPU. `books` are the first and the second moments'. Where `found_inf` (fp32
-/// `[]`) is 1 nothing changes, step counts included.
+/// `params` and `grads` (fp32, as all of BitByteLM's) and `moments`, the first and the second of each, have equal shapes
+/// pairwise; `steps` are fp32 `[]`, and counted up. All on one device. `books` are the first and the second moments'.
+/// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included; on CUDA that is decided on the device, for
+/// which this does not wait.
 ///
 /// # Errors
 /// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none.
@@ -170,7 +174,7 @@ mod tests {
             false => magnitudes.iter().flat_map(|m| [*m, m * 0.98]).chain([0.0, 1.0]).collect(),
         };
         values.sort_by(f32::total_cmp);
-        CodeBook::new(&values.try_into().unwrap())
+        CodeBook::new(&values.try_into().unwrap(), Device::Cpu)
     }
 
     #[test]

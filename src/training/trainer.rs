@@ -234,13 +234,6 @@ impl Trainer {
             Some(ddp) => device(ddp.device(config.train.device)?)?,
             None => device(config.train.device)?,
         };
-        if device.is_cuda() && config.optim.name == OptimizerName::AdamW8bit {
-            return Err(ConfigError::Invalid {
-                key: "optim.name".into(),
-                message: "adamw8bit runs on the CPU only: use adamw, or set train.device to cpu".into(),
-            }
-            .into());
-        }
         check_memory(&config, device)?;
         let train_set = open(&config.data.train, "data.train")?;
         for (_, seq_len) in config.data.curriculum() {

@@ -87,8 +87,9 @@ int main() {
   void* x = nullptr;
   std::memcpy(&x, &fake<char>("fake_argument"), sizeof(x));
   expect(x == reinterpret_cast<void*>(0x1234567890), "the arguments");
+  start(gpu(0), "adamw8bit", 1);
   start(gpu(0), "sum", 0);
-  expect(fake<int>("fake_launched") == 81, "no blocks, no launch");
+  expect(fake<int>("fake_launched") == 82, "no blocks, no launch");
 
   const auto contains = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
   expect(contains(error([&] { start(gpu(0), "sum", 1LL << 31); }), "2147483648"), "a grid that is too large");
