@@ -1,13 +1,18 @@
 // AdamW over moments of 8 bits: CUDA's kernel, in emulation, against the CPU's portable one, bit for bit where neither
-// fuses products and sums, and against fp64. Prints what is wrong; the exit status says whether anything is.
+// fuses products and sums, and against fp64; and how bitsandbytes' kernel is called, which is the library that
+// BBT_BITSANDBYTES names. Prints what is wrong; the exit status says whether anything is. With any argument: says which
+// kernel is found.
 #include "../../src/libtorch/shim/adamw8bit.h"
 #include "../../src/libtorch/shim/shim.h"
+#include "bitsandbytes.h"
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <dlfcn.h>
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <string>
 #include <vector>
@@ -234,9 +239,62 @@ void test_refusals(const Book& first, const Book& second) {
   refused("absmax", [](Step& step) { step.absmax2[0] = step.absmax2[0].narrow(0, 1, 19); });
 }
 
+// bitsandbytes' kernel as bitsandbytes.cpp calls it, by a library that records the arguments (bitsandbytes.cpp beside).
+void test_bitsandbytes(const Book& first, const Book& second) {
+  expect(bbt::adamw8bit::bitsandbytes_found(), "the library is found");
+  void* const library = dlopen(std::getenv("BBT_BITSANDBYTES"), RTLD_NOW);
+  const auto calls = static_cast<const int*>(dlsym(library, "fake_calls"));
+  const auto recorded = static_cast<const Call*>(dlsym(library, "fake_call"));
+  std::vector<Param> params;
+  for (const int64_t n : {5000, 4096, 66495}) params.emplace_back(n, n != 4096);
+  const std::vector<float> taken = {0, 41, 100000};
+  for (size_t i = 0; i < params.size(); ++i) params[i].step.fill_(taken[i]);
+  const std::vector<Param> before(params);
+
+  bbt::adamw8bit::step_bitsandbytes(step_of(params.data(), params.size(), first, second, 1));
+  expect(*calls == 0, "a skipped step calls nothing");
+  for (size_t i = 0; i < params.size(); ++i) expect(same(params[i].state(), before[i].state()), "a skipped step");
+
+  bbt::adamw8bit::step_bitsandbytes(step_of(params.data(), params.size(), first, second, 0));
+  expect(*calls == 3, text("three parameters, ", *calls, " calls"));
+  for (size_t i = 0; i < params.size() && i < kRoom; ++i) {
+    const Param& p = params[i];
+    const Call& call = recorded[i];
+    const auto what = text("call ", i);
+    expect(call.param == p.param.data_ptr() && call.grad == p.grad.data_ptr(), what + ": parameter and gradient");
+    expect(call.state1 == p.codes1.data_ptr() && call.state2 == p.codes2.data_ptr(), what + ": codes");
+    expect(call.absmax1 == p.absmax1.data_ptr() && call.absmax2 == p.absmax2.data_ptr(), what + ": scales");
+    expect(call.qmap1 == first.values.data_ptr() && call.qmap2 == second.values.data_ptr(), what + ": code books");
+    expect(call.beta1 == 0.9f && call.beta2 == 0.95f && call.beta3 == 0 && call.alpha == 0, what + ": betas");
+    expect(call.eps == 1e-8f && call.lr == 3e-2f && call.weight_decay == 0.1f, what + ": eps, rate, decay");
+    expect(call.gnorm_scale == 1 && !call.skip_zeros, what + ": neither scaled nor skipped");
+    expect(call.n == p.param.numel() && call.step == static_cast<int>(taken[i]) + 1, what + ": size and step");
+    expect(p.step.item<float>() == taken[i] + 1, what + ": the count");
+  }
+
+  // More elements than it can count, which take no memory here.
+  Step large = step_of(params.data(), 1, first, second, 0);
+  large.params[0] = at::zeros({1}).expand({int64_t{1} << 31});
+  std::string message;
+  try {
+    bbt::adamw8bit::step_bitsandbytes(large);
+  } catch (const c10::Error& error) {
+    message = error.what();
+  }
+  expect(message.find("BBT_BITSANDBYTES=none") != std::string::npos && *calls == 3, "2^31 elements: " + message);
+}
+
+// What bbt_bitsandbytes says.
+int print_kernel() {
+  char *path = nullptr, *why = nullptr, *const error = bbt_bitsandbytes(&path, &why);
+  std::printf("path %s why %s error %s\n", path ? path : "-", why ? why : "-", error ? error : "-");
+  return 0;
+}
+
 }  // namespace
 
-int main() {
+int main(int arguments, char**) {
+  if (arguments > 1) return print_kernel();
   auto generator = at::detail::getDefaultCPUGenerator();
   const uint64_t seed = generator.seed();
   const Book first(true), second(false);
@@ -247,6 +305,7 @@ int main() {
   test_steps(1024 * 8 * kBlock + 40000, true, 1, first, second);
   test_lists(first, second);
   test_refusals(first, second);
+  test_bitsandbytes(first, second);
   std::printf("%d of %d checks failed, seed %llu\n", failures, checks, static_cast<unsigned long long>(seed));
   return failures == 0 ? 0 : 1;
 }

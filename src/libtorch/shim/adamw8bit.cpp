@@ -106,10 +106,12 @@ extern "C" char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* c
                  beta2,         weight_decay, eps};
     for (Tensor& grad : step.grads) grad = grad.contiguous();
     check(step);
-    if (step.params[0].is_cuda()) {
-      bbt::adamw8bit::step_cuda(step);
-    } else {
+    if (step.params[0].is_cpu()) {
       step_cpu(isa, step);
+    } else if (bbt::adamw8bit::bitsandbytes_found()) {
+      bbt::adamw8bit::step_bitsandbytes(step);
+    } else {
+      bbt::adamw8bit::step_cuda(step);
     }
   });
 }

@@ -25,4 +25,9 @@ struct Step {
 // adamw8bit_cuda.cpp, with kernels/cuda/adamw8bit.cu. Does not wait for the device.
 void step_cuda(const Step& step);
 
+// bitsandbytes.cpp: whether bitsandbytes' kernel is there, which then steps. Waits for the device. Both throw where
+// BBT_BITSANDBYTES names one that cannot be used.
+bool bitsandbytes_found();
+void step_bitsandbytes(const Step& step);
+
 }  // namespace bbt::adamw8bit

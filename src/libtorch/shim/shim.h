@@ -106,6 +106,10 @@ char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* const* grads
                     at::Tensor* const* steps, size_t n, at::Tensor* const* book1, at::Tensor* const* book2, double lr,
                     double beta1, double beta2, double weight_decay, double eps, at::Tensor* found_inf);
 
+// bitsandbytes.cpp. Where bitsandbytes' kernel is used on CUDA: `*path`, the library that has it; else `*why` not. The
+// other one is nullptr; what is not is freed with bbt_free_message.
+char* bbt_bitsandbytes(char** path, char** why);
+
 // grad.cpp. Makes `grad` the gradient of `tensor`.
 char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad);
 
