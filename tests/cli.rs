@@ -693,8 +693,9 @@ fn doctor_says_what_there_is() {
 fn doctor_says_whose_kernel_steps_8_bit_moments_on_a_gpu() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join(".python-test/bitsandbytes");
     assert!(package.exists(), "no {}: `make test` installs it", package.display());
+    let ws = Workspace::new();
     let doctor = |given: &Path| {
-        let mut doctor = Workspace::new().shell("bbt doctor");
+        let mut doctor = ws.shell("bbt doctor");
         doctor.env("BBT_BITSANDBYTES", given);
         let done = Running::start(doctor).wait();
         assert_eq!(done.status, Some(0), "{}", done.stderr);

@@ -91,11 +91,14 @@ impl Moment8bit {
 ///
 /// `params` and `grads` (fp32, as all of BitByteLM's) and `moments`, the first and the second of each, have equal shapes
 /// pairwise; `steps` are fp32 `[]`, and counted up. All on one device. `books` are the first and the second moments'.
-/// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included; on CUDA that is decided on the device, for
-/// which this does not wait.
+/// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included.
+///
+/// On CUDA the kernel is the one that [`super::AdamW8bitKernel::find`] finds. Ours decides all that on the device, for
+/// which this does not wait; with bitsandbytes' it does.
 ///
 /// # Errors
-/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none.
+/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none; on CUDA, those
+/// of [`super::AdamW8bitKernel::find`].
 pub fn adamw8bit(
     params: &[Tensor],
     grads: &[Tensor],
