@@ -89,7 +89,7 @@ impl Moment8bit {
 /// One AdamW step over all parameters, in place: each block of moments is made fp32, stepped, used, and rounded to 8
 /// bits again. The same bits for any number of threads.
 ///
-/// `params` and `grads` (fp32, as all of BitByteLM's) and `moments`, the first and the second of each, have equal shapes
+/// `params` and `grads` (fp32, as BitByteLM's are) and `moments`, the first and the second of each, have equal shapes
 /// pairwise; `steps` are fp32 `[]`, and counted up. All on one device. `books` are the first and the second moments'.
 /// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included.
 ///
@@ -97,8 +97,8 @@ impl Moment8bit {
 /// which this does not wait; with bitsandbytes' it does.
 ///
 /// # Errors
-/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none; on CUDA, those
-/// of [`super::AdamW8bitKernel::find`].
+/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none; on CUDA,
+/// those of [`super::AdamW8bitKernel::find`].
 pub fn adamw8bit(
     params: &[Tensor],
     grads: &[Tensor],

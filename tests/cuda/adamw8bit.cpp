@@ -155,9 +155,10 @@ std::vector<Tensor> exact_step(const Param& p, const Book& first, const Book& se
   return {p.param.to(at::kDouble) * (1 - kLr * kDecay) - update, m, v};
 }
 
-// That the codes stand for the values of the book that are nearest to the exact moment, but for what fp32 and the table of
-// 65536 numbers round.
-void rounded(const Book& book, const Tensor& codes, const Tensor& absmax, const Tensor& exact, const std::string& what) {
+// That the codes stand for the values of the book that are nearest to the exact moment, but for what fp32 and the table
+// of 65536 numbers round.
+void rounded(const Book& book, const Tensor& codes, const Tensor& absmax, const Tensor& exact,
+             const std::string& what) {
   const auto scales = absmax.repeat_interleave(kBlock).narrow(0, 0, exact.numel()).to(at::kDouble);
   const auto values = book.values.to(at::kDouble), x = exact / scales.clamp_min(1e-300);
   const auto above = at::searchsorted(values, x).clamp(1, 255);

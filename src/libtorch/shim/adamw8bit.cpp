@@ -1,6 +1,6 @@
 // One step of AdamW over moments of 8 bits: checks, and the CPU's way. What is computed there, and how, is in
-// kernels/cpu/adamw8bit*.h; here are tensors and threads. Blocks are cut by the shapes alone: the number of threads does
-// not change a bit.
+// kernels/cpu/adamw8bit*.h; here are tensors and threads. Blocks are cut by the shapes alone: the number of threads
+// does not change a bit.
 #include "adamw8bit.h"
 
 #include "shim.h"

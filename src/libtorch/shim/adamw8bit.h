@@ -15,7 +15,7 @@ struct Step {
   std::vector<at::Tensor> codes1, absmax1, codes2, absmax2;
   // Taken so far: fp32 [].
   std::vector<at::Tensor> steps;
-  // What the first and the second moments' codes stand for, fp32 [256], and the codes nearest to numbers, uint8 [65536].
+  // What the first and the second moments' codes stand for, fp32 [256]; the codes nearest to numbers, uint8 [65536].
   at::Tensor values1, nearest1, values2, nearest2;
   // fp32 []: where it is 1, nothing changes.
   at::Tensor found_inf;

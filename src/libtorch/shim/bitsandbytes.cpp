@@ -104,8 +104,8 @@ bool bbt::adamw8bit::bitsandbytes_found() {
 
 void bbt::adamw8bit::step_bitsandbytes(const Step& step) {
   for (const auto& param : step.params) {
-    TORCH_CHECK(param.numel() <= std::numeric_limits<int>::max(), "bitsandbytes' AdamW of 8 bits counts elements in 32 ",
-                "bits, and a parameter is ", param.sizes(), ": set ", kVariable, "=none");
+    TORCH_CHECK(param.numel() <= std::numeric_limits<int>::max(), "bitsandbytes' AdamW of 8 bits counts elements in ",
+                "32 bits, and a parameter is ", param.sizes(), ": set ", kVariable, "=none");
   }
   // The kernel is told the step as a number, and cannot be told to do nothing: the host waits for both, once.
   auto known = step.steps;

@@ -7,10 +7,10 @@
 
 namespace bbt::cuda {
 
-// Calls `body` with `device` as the current one of CUDA's runtime, which takes that, and its default stream, where it is
-// told no stream. What the body starts there comes after what libtorch's current stream holds, and before what that one
-// is given afterwards: libtorch's other streams do not wait for the default one of themselves, nor it for them. Where
-// the current stream is the default one, which it is unless somebody has chosen another, there is nothing to do.
+// Calls `body` with `device` as the current one of CUDA's runtime, which takes that, and its default stream, where it
+// is told no stream. What the body starts there comes after what libtorch's current stream holds, and before what that
+// one is given afterwards: libtorch's other streams do not wait for the default one of themselves, nor it for them.
+// Where the current stream is the default one, which it is unless somebody has chosen another, there is nothing to do.
 template <typename Body>
 void on_default_stream(at::Device device, const Body& body) {
   const c10::DeviceGuard on(device);

@@ -99,8 +99,8 @@ char* bbt_foreach_norms(at::Tensor* const* tensors, size_t n, at::Tensor** norms
 char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor);
 char* bbt_amp_unscale(at::Tensor* const* grads, size_t n, at::Tensor* found_inf, at::Tensor* inverse_scale);
 
-// adamw8bit.cpp. `isa` is as above. Lists of `n` tensors on one device: uint8 `codes`, fp32 `absmax` of the first and the
-// second moment. A book is two tensors, as in kernels/cpu/adamw8bit.h.
+// adamw8bit.cpp. `isa` is as above. Lists of `n` tensors on one device: uint8 `codes`, fp32 `absmax` of the first and
+// the second moment. A book is two tensors, as in kernels/cpu/adamw8bit.h.
 char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* codes1,
                     at::Tensor* const* absmax1, at::Tensor* const* codes2, at::Tensor* const* absmax2,
                     at::Tensor* const* steps, size_t n, at::Tensor* const* book1, at::Tensor* const* book2, double lr,

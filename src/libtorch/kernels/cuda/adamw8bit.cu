@@ -1,5 +1,5 @@
-// AdamW over moments of 8 bits, as kernels/cpu/adamw8bit_kernels.h has it: a block's moments are made fp32, stepped, used,
-// and only then rounded to 8 bits again.
+// AdamW over moments of 8 bits, as kernels/cpu/adamw8bit_kernels.h has it: a block's moments are made fp32, stepped,
+// used, and only then rounded to 8 bits again.
 #include "device.h"
 
 namespace bbt::cuda {

@@ -150,8 +150,8 @@ struct CrossEntropyBackward {
 constexpr int kMomentBlock = 256;
 constexpr int kAdamW8bitThreads = 256;
 
-// A moment in 8 bits: values[code] * absmax. `nearest` are the codes of the values nearest to 65536 numbers from -1 to 1,
-// evenly spaced.
+// A moment in 8 bits: values[code] * absmax. `nearest` are the codes of the values nearest to 65536 numbers from -1 to
+// 1, evenly spaced.
 struct Moment8bit {
   unsigned char* codes;          // [n]
   float* absmax;                 // [ceil(n / kMomentBlock)]
