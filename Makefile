@@ -4,9 +4,12 @@
 # make bench   bbt beside plain PyTorch, into docs/bench.md
 # make quality  what learns better: a table of ways to train, into docs/quality.md; an hour
 # make build CPU=1            for the CPU alone: half a gigabyte to download
+# make libtorch BITSANDBYTES=1   with bitsandbytes' CUDA kernel for optim.name adamw8bit, also later
 
 PYTHON ?= python3
 TORCH_VERSION = 2.11.0
+
+BITSANDBYTES_VERSION = 0.50.2
 
 CARGO = cargo
 BBT = target/release/bbt
@@ -42,8 +45,15 @@ LIBTORCH_PACKAGES = torch==$(TORCH_VERSION) numpy nvidia-cuda-crt==13.0.88 nvidi
 LIBTORCH_LEFT_OUT =
 LIBTORCH_STAMP = .libtorch/nvidia/cu13/include/crt/host_defines.h
 endif
+BITSANDBYTES_STAMP = .libtorch/bitsandbytes/.installed-$(BITSANDBYTES_VERSION)
 
 libtorch: $(LIBTORCH_STAMP)
+ifneq ($(BITSANDBYTES),)
+ifneq ($(CPU),)
+$(error BITSANDBYTES=1 is for GPUs, and CPU=1 for machines without: leave one of them out)
+endif
+libtorch: $(BITSANDBYTES_STAMP)
+endif
 
 # Installed beside and moved into place, so that an interrupted download leaves nothing behind.
 $(LIBTORCH_STAMP):
@@ -51,6 +61,22 @@ $(LIBTORCH_STAMP):
 	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp $(LIBTORCH_PACKAGES)
 	rm -f $(addprefix .libtorch.tmp/torch/lib/,$(LIBTORCH_LEFT_OUT))
 	mv .libtorch.tmp .libtorch
+
+# The same, beside a libtorch that is there. Its dependencies are: torch and numpy.
+$(BITSANDBYTES_STAMP): | $(LIBTORCH_STAMP)
+	rm -rf .libtorch/bitsandbytes.tmp
+	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --no-deps --target .libtorch/bitsandbytes.tmp bitsandbytes==$(BITSANDBYTES_VERSION)
+	touch .libtorch/bitsandbytes.tmp/bitsandbytes/$(notdir $@)
+	rm -rf .libtorch/bitsandbytes .libtorch/bitsandbytes-*.dist-info
+	mv .libtorch/bitsandbytes.tmp/bitsandbytes-*.dist-info .libtorch/bitsandbytes.tmp/bitsandbytes .libtorch/
+	rm -rf .libtorch/bitsandbytes.tmp
+endif
+
+# A libtorch that is not ours to install into: what is to be done there.
+ifneq ($(BITSANDBYTES),)
+ifneq ($(LIBTORCH_USE_PYTORCH)$(LIBTORCH),)
+$(error BITSANDBYTES=1 installs into .libtorch only: `pip install --no-deps bitsandbytes==$(BITSANDBYTES_VERSION)` beside your own torch, or name its folder in BBT_BITSANDBYTES when bbt runs)
+endif
 endif
 
 # --- building and testing -------------------------------------------------------------------------
@@ -61,7 +87,7 @@ build: libtorch
 # What the tests check against besides torch: TensorBoard reads our event files, safetensors our weights, bitsandbytes
 # goes on with our runs, on the torch that is there.
 TEST_PACKAGES = tensorboard==2.21.0 safetensors==0.8.0
-TEST_PACKAGES_ON_TORCH = bitsandbytes==0.50.2
+TEST_PACKAGES_ON_TORCH = bitsandbytes==$(BITSANDBYTES_VERSION)
 TEST_STAMP = .python-test/.installed-$(subst ==,-,$(subst $(eval) ,_,$(TEST_PACKAGES) $(TEST_PACKAGES_ON_TORCH)))
 
 $(TEST_STAMP):

@@ -398,7 +398,7 @@ pub struct OptimConfig {
 pub enum OptimizerName {
     /// torch.optim.AdamW.
     AdamW,
-    /// bitsandbytes' AdamW8bit: moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861), on the CPU.
+    /// bitsandbytes' AdamW8bit: moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861).
     AdamW8bit,
 }
 

@@ -5,6 +5,7 @@ mod common;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -685,6 +686,37 @@ fn doctor_says_what_there_is() {
     blind.current_dir("/");
     let text = Running::start(blind).wait().text();
     assert!(text.contains("cuda       none: "), "says why: {text}");
+}
+
+// bitsandbytes' own CUDA library, which pip installs for the tests: that it can be opened, and has what is called.
+#[test]
+fn doctor_says_whose_kernel_steps_8_bit_moments_on_a_gpu() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR")).join(".python-test/bitsandbytes");
+    assert!(package.exists(), "no {}: `make test` installs it", package.display());
+    let ws = Workspace::new();
+    let doctor = |given: &Path| {
+        let mut doctor = ws.shell("bbt doctor");
+        doctor.env("BBT_BITSANDBYTES", given);
+        let done = Running::start(doctor).wait();
+        assert_eq!(done.status, Some(0), "{}", done.stderr);
+        let line = done.text().lines().find(|line| line.starts_with("adamw8bit")).map(str::to_string);
+        line.expect("a line")
+    };
+    let library = package.join("libbitsandbytes_cuda130.so").canonicalize().unwrap();
+    let found = format!("adamw8bit  on a GPU by bitsandbytes' {}", library.display());
+    assert_eq!(doctor(&package), found, "a folder: the library for libtorch's version of CUDA");
+    assert_eq!(doctor(&library), found);
+    assert_eq!(doctor(Path::new("none")), "adamw8bit  on a GPU by bbt's own kernel: BBT_BITSANDBYTES is none");
+    let other = package.join("libbitsandbytes_cpu.so");
+    let refused = doctor(&other);
+    assert!(refused.contains("not on a GPU: BBT_BITSANDBYTES=") && refused.contains("it has no cadam"), "{refused}");
+    // Beside libtorch, or why not.
+    let unset = doctor(Path::new(""));
+    let beside = Path::new(env!("BBT_TORCH_LIB")).join("../../bitsandbytes/libbitsandbytes_cuda130.so");
+    match beside.canonicalize() {
+        Ok(beside) => assert_eq!(unset, format!("adamw8bit  on a GPU by bitsandbytes' {}", beside.display())),
+        Err(_) => assert!(unset.ends_with("(`make libtorch BITSANDBYTES=1` installs them)"), "{unset}"),
+    }
 }
 
 #[test]

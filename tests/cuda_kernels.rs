@@ -88,15 +88,70 @@ fn run(program: &mut Command) {
     println!("{text}");
 }
 
+/// A misaligned pack, or an index beyond an array of the kernel, ends the program.
+const CHECKED: [&str; 3] =
+    ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
+
 #[test]
 fn emulated_kernels_are_the_formulas() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("kernels");
-    // A misaligned pack, or an index beyond an array of the kernel, ends the program.
-    let checked = ["-O1", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"];
-    let sources: [(&str, &[&str]); 2] = [("tests/cuda/emulation.cpp", &checked), ("tests/cuda/run.cpp", &[])];
+    let sources: [(&str, &[&str]); 2] = [("tests/cuda/emulation.cpp", &CHECKED), ("tests/cuda/run.cpp", &[])];
     build(&program, &sources, &[]);
     run(&mut Command::new(program));
+}
+
+// Neither side may fuse a product and a sum, so that their bits can be compared.
+#[test]
+fn adamw8bit_is_the_cpus_and_bitsandbytes_gets_what_it_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("adamw8bit");
+    let checked = [&CHECKED[..], &["-ffp-contract=off"]].concat();
+    let mut sources: Vec<(&str, &[&str])> = vec![
+        ("tests/cuda/emulation.cpp", &checked),
+        ("tests/cuda/adamw8bit.cpp", &[]),
+        ("src/libtorch/shim/adamw8bit.cpp", &[]),
+        ("src/libtorch/shim/adamw8bit_cuda.cpp", &[]),
+        ("src/libtorch/shim/bitsandbytes.cpp", &[]),
+        ("src/libtorch/kernels/cpu/adamw8bit_portable.cpp", &["-O2", "-ffp-contract=off"]),
+        ("src/libtorch/kernels/cpu/adamw8bit_lookup.cpp", &[]),
+    ];
+    // The shim names them.
+    if cfg!(target_arch = "x86_64") {
+        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx2.cpp", &["-mavx2", "-mfma"]));
+        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx512.cpp", &["-mavx512f", "-mavx512bw", "-mfma"]));
+        let bytes = &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vbmi", "-mfma"];
+        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx512vbmi.cpp", bytes));
+    }
+    build(&program, &sources, &[]);
+    let library = |name: &str, flags: &[&str]| {
+        let library = folder.path().join(name);
+        build(&library, &[("tests/cuda/bitsandbytes.cpp", flags)], &["-shared", "-fPIC"]);
+        library
+    };
+    let library_of = |path: &Path| {
+        let mut program = Command::new(&program);
+        program.env("BBT_BITSANDBYTES", path).current_dir(folder.path());
+        program
+    };
+    let bitsandbytes = library("libbitsandbytes_cuda130.so", &[]);
+    run(&mut library_of(&bitsandbytes));
+
+    // Which kernel is found, and what is said of a library that cannot be.
+    let other = library("other.so", &["-DOTHER_ARGUMENTS"]);
+    for (path, parts) in [
+        (&bitsandbytes, ["path /", "libbitsandbytes_cuda130.so why - error -"]),
+        (&"libbitsandbytes_cuda130.so".into(), ["path /", "libbitsandbytes_cuda130.so why - error -"]),
+        (&"none".into(), ["path - why BBT_BITSANDBYTES is none", "error -"]),
+        (&"".into(), ["path - why this libtorch is built without CUDA", "error -"]),
+        (&"absent.so".into(), ["path - why - error BBT_BITSANDBYTES=absent.so: there is no /", "`none` to do without"]),
+        (&other, ["is not that of bitsandbytes 0.50: it has no _Z29adam_8bit", "`none` to do without"]),
+    ] as [(&PathBuf, [&str; 2]); 6]
+    {
+        let said = library_of(path).arg("which").output().unwrap();
+        let said = String::from_utf8_lossy(&said.stdout);
+        assert!(parts.iter().all(|part| said.contains(part)), "{}: {said}", path.display());
+    }
 }
 
 #[test]

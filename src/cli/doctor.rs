@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use crate::libtorch::{cuda_memory, host_memory};
+use crate::libtorch::{AdamW8bitKernel, cuda_memory, host_memory};
 
 /// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
 ///
@@ -31,6 +31,13 @@ pub fn run(_: Args) -> anyhow::Result<()> {
         writeln!(out, "cudnn      {}", if tch::Cuda::cudnn_is_available() { "yes" } else { "no" })?;
     } else {
         writeln!(out, "cuda       none: {}", why_no_cuda())?;
+    }
+    match AdamW8bitKernel::find() {
+        Ok(AdamW8bitKernel::Bitsandbytes(path)) => {
+            writeln!(out, "adamw8bit  on a GPU by bitsandbytes' {}", path.display())?
+        }
+        Ok(AdamW8bitKernel::Own(why)) => writeln!(out, "adamw8bit  on a GPU by bbt's own kernel: {why}")?,
+        Err(error) => writeln!(out, "adamw8bit  not on a GPU: {}", error.0)?,
     }
     Ok(())
 }

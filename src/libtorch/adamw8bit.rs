@@ -1,5 +1,5 @@
 //! AdamW over moments of 8 bits, as bitsandbytes keeps them (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-//! Quantization", arXiv 2110.02861), on the CPU.
+//! Quantization", arXiv 2110.02861), on the CPU and on CUDA.
 
 use tch::{Device, Kind, Tensor};
 
@@ -27,8 +27,8 @@ pub struct CodeBook {
 }
 
 impl CodeBook {
-    /// The book of these values.
-    pub fn new(values: &[f32; 256]) -> Self {
+    /// The book of these values, on `device`, which is to be that of the moments.
+    pub fn new(values: &[f32; 256], device: Device) -> Self {
         let between: Vec<f64> = values.windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
         // Both ascend. A checkpoint of N ranks makes 2 N of these.
         let mut code = 0;
@@ -38,7 +38,8 @@ impl CodeBook {
             code as u8
         };
         let nearest: Vec<u8> = (0..1 << 16).map(&mut nearest_to).collect();
-        Self { values: Tensor::from_slice(values), nearest: Tensor::from_slice(&nearest) }
+        let on_device = |tensor: Tensor| tensor.to_device(device);
+        Self { values: on_device(Tensor::from_slice(values)), nearest: on_device(Tensor::from_slice(&nearest)) }
     }
 
     /// Another handle to it.
@@ -110,12 +111,16 @@ impl Moment8bit {
 /// One AdamW step over all parameters, in place: each block of moments is made fp32, stepped, used, and rounded to 8
 /// bits again. The same bits for any number of threads.
 ///
-/// `params` and `grads` (fp32) and `moments`, the first and the second of each, have equal shapes pairwise; `steps` are
-/// fp32 `[]`, and counted up. All on the CPU. `books` are the first and the second moments'. Where `found_inf` (fp32
-/// `[]`) is 1 nothing changes, step counts included.
+/// `params` and `grads` (fp32, as BitByteLM's are) and `moments`, the first and the second of each, have equal shapes
+/// pairwise; `steps` are fp32 `[]`, and counted up. All on one device. `books` are the first and the second moments'.
+/// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included.
+///
+/// On CUDA the kernel is the one that [`super::AdamW8bitKernel::find`] finds. Ours decides all that on the device, for
+/// which this does not wait; with bitsandbytes' it does.
 ///
 /// # Errors
-/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none.
+/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none; on CUDA,
+/// those of [`super::AdamW8bitKernel::find`].
 pub fn adamw8bit(
     params: &[Tensor],
     grads: &[Tensor],
@@ -194,7 +199,7 @@ mod tests {
             false => magnitudes.iter().flat_map(|m| [*m, m * 0.98]).chain([0.0, 1.0]).collect(),
         };
         values.sort_by(f32::total_cmp);
-        CodeBook::new(&values.try_into().unwrap())
+        CodeBook::new(&values.try_into().unwrap(), Device::Cpu)
     }
 
     #[test]
@@ -303,7 +308,7 @@ mod tests {
         let negative = magnitudes.iter().filter(|_| signed).map(|m| -m);
         let mut values: Vec<f32> = negative.chain([0.0, 1.0]).chain(magnitudes.iter().copied()).collect();
         values.sort_by(f32::total_cmp);
-        CodeBook::new(&values.try_into().unwrap())
+        CodeBook::new(&values.try_into().unwrap(), Device::Cpu)
     }
 
     #[test]

@@ -114,6 +114,7 @@ unsafe extern "C" {
         eps: f64,
         found_inf: *const C_tensor,
     ) -> *mut c_char;
+    pub fn bbt_bitsandbytes(path: *mut *mut c_char, why: *mut *mut c_char) -> *mut c_char;
     pub fn bbt_set_grad(tensor: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub fn bbt_store_new(
         host: *const c_char,
@@ -177,17 +178,21 @@ unsafe extern "C" {
 
 /// Turns what a shim function returned into a result.
 pub fn check(message: *mut c_char) -> Result<(), Error> {
-    if message.is_null() {
-        return Ok(());
+    self::message(message).map_or(Ok(()), |text| Err(Error(text)))
+}
+
+/// A text of the shim's, which is freed; none where it is null.
+pub fn message(text: *mut c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
     }
     // SAFETY: a non-null message is a NUL-terminated string that the shim allocated for us; it is
     // copied before it is freed, and freed once.
-    let text = unsafe {
-        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
-        bbt_free_message(message);
-        text
-    };
-    Err(Error(text))
+    unsafe {
+        let copy = CStr::from_ptr(text).to_string_lossy().into_owned();
+        bbt_free_message(text);
+        Some(copy)
+    }
 }
 
 /// The raw pointers of a list of tensors, valid while the tensors are borrowed.

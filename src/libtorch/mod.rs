@@ -7,6 +7,7 @@
 mod adamw8bit;
 mod attention;
 mod autocast;
+mod bitsandbytes;
 mod cpu_kernels;
 mod cuda_graph;
 mod cuda_kernels;
@@ -24,6 +25,7 @@ mod storage;
 pub use adamw8bit::{BLOCK, CodeBook, Moment8bit, adamw8bit, blocks};
 pub use attention::causal_attention;
 pub use autocast::{Autocast, AutocastDtype, autocast_kind};
+pub use bitsandbytes::AdamW8bitKernel;
 pub use cpu_kernels::CpuKernels;
 pub use cuda_graph::CudaGraph;
 pub use cuda_kernels::{compile_cuda_kernels, cuda_name};

@@ -17,6 +17,7 @@ use crate::config::{self, Config, DdpConfig, DeviceSpec};
 use crate::data::ByteDataset;
 use crate::launch::RankEnv;
 use crate::libtorch::{self, Backend, ProcessGroup, Store};
+use crate::utils::optim::adamw8bit_kernel;
 
 /// Why ranks cannot train together.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +143,8 @@ pub(super) struct Hello {
     /// The training bytes: how many, in how many shards, and a checksum of their beginnings and ends.
     data: String,
     config: String,
+    /// Whose kernel steps 8-bit moments, which is to be the same: ranks step their copies of the weights by themselves.
+    adamw8bit: Option<String>,
 }
 
 pub(super) fn hello(rank: usize) -> String {
@@ -264,6 +267,7 @@ impl Ddp {
             device: format!("{device:?}").to_lowercase(),
             data: fingerprint(data),
             config: config.to_yaml(),
+            adamw8bit: adamw8bit_kernel(config, device).ok().flatten().map(|kernel| kernel.name().into()),
         };
         let bytes = serde_json::to_vec(&own).unwrap_or_default();
         let rank = self.env.rank;
@@ -377,6 +381,10 @@ impl Hello {
         if kind(&self.device) != kind(&theirs.device) {
             return Err(differs(rank, &theirs.host, "train.device", &theirs.device, &self.device));
         }
+        if self.adamw8bit != theirs.adamw8bit {
+            let [theirs_is, ours_is] = [theirs, self].map(|of| of.adamw8bit.as_deref().unwrap_or("no kernel"));
+            return Err(differs(rank, &theirs.host, "optim.name adamw8bit by", theirs_is, ours_is));
+        }
         Ok(())
     }
 }
@@ -406,4 +414,27 @@ fn fingerprint(data: &dyn ByteDataset) -> String {
         hash.update(&bytes[bytes.len() - bytes.len().min(SAMPLE)..]);
     }
     format!("{}, {}, {:08x}", data.total_bytes(), data.shards().len(), hash.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_step_8_bit_moments_by_one_kernel() {
+        let hello = |kernel: Option<&str>| Hello {
+            host: "far".into(),
+            pid: 1,
+            version: "1".into(),
+            libtorch: "2".into(),
+            device: "cuda(0)".into(),
+            data: "none".into(),
+            config: Config::default().to_yaml(),
+            adamw8bit: kernel.map(str::to_string),
+        };
+        let ours = hello(Some("bbt's own kernel"));
+        assert!(ours.compare(1, &hello(Some("bbt's own kernel"))).is_ok());
+        let error = ours.compare(1, &hello(Some("bitsandbytes' kernel"))).expect_err("another kernel").to_string();
+        assert!(error.contains("(on far) has optim.name adamw8bit by bitsandbytes' kernel, but rank 0"), "{error}");
+    }
 }

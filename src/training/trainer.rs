@@ -26,12 +26,12 @@ use super::watch::Phase;
 use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint, parameter_names};
 use crate::config::{Config, ConfigError, Decay, OptimizerName, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
-use crate::libtorch::{self, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
+use crate::libtorch::{self, AdamW8bitKernel, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
 use crate::models::BitByteLM;
 use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::decay::DecayingTensors;
 use crate::utils::device::{DeviceError, autocast, device};
-use crate::utils::optim::{GradScaler, Optimizer, OptimizerState, ScalerState, clip_gradients};
+use crate::utils::optim::{GradScaler, Optimizer, OptimizerState, ScalerState, adamw8bit_kernel, clip_gradients};
 
 /// Why a run cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -234,12 +234,8 @@ impl Trainer {
             Some(ddp) => device(ddp.device(config.train.device)?)?,
             None => device(config.train.device)?,
         };
-        if device.is_cuda() && config.optim.name == OptimizerName::AdamW8bit {
-            return Err(ConfigError::Invalid {
-                key: "optim.name".into(),
-                message: "adamw8bit runs on the CPU only: use adamw, or set train.device to cpu".into(),
-            }
-            .into());
+        if let Err(error) = adamw8bit_kernel(&config, device) {
+            return Err(ConfigError::Invalid { key: "optim.name".into(), message: error.0 }.into());
         }
         check_memory(&config, ddp.as_ref().map_or(1, |ddp| ddp.world_size()), device)?;
         let train_set = open(&config.data.train, "data.train")?;
@@ -418,6 +414,9 @@ impl Trainer {
         let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
         let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
 
+        if let Some(AdamW8bitKernel::Own(why)) = adamw8bit_kernel(&self.config, self.device)? {
+            observer.on_message(&format!("optim.name adamw8bit: bbt's own kernel runs: {why}"));
+        }
         if self.config.train.cuda_graph && self.graph.is_none() {
             observer.on_message("train.cuda_graph is for one GPU: this run does without");
         }

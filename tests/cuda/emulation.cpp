@@ -1,6 +1,7 @@
 // The kernels as the emulation compiles them, and fused_cuda.cpp's launches of them.
 #include "emulation.h"
 
+#include "../../src/libtorch/kernels/cuda/adamw8bit.cu"
 #include "../../src/libtorch/kernels/cuda/cross_entropy.cu"
 #include "../../src/libtorch/kernels/cuda/quantize.cu"
 #include "../../src/libtorch/kernels/cuda/rms_norm.cu"

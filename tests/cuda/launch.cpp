@@ -2,6 +2,7 @@
 // started in its context, on its stream, from any thread. Prints what is wrong, and fails.
 #include "../../src/libtorch/kernels/cuda/arguments.h"
 #include "../../src/libtorch/shim/cuda_launch.h"
+#include "../../src/libtorch/shim/default_stream.h"
 #include "../../src/libtorch/shim/shim.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -20,16 +21,33 @@ namespace {
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr auto static_type = c10::DeviceType::CUDA;
   c10::DeviceType type() const override { return static_type; }
-  c10::Device exchangeDevice(c10::Device device) const override { return device; }
-  c10::Device getDevice() const override { return {static_type, 0}; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const auto before = current;
+    current = device;
+    return before;
+  }
+  c10::Device getDevice() const override { return current; }
+  void setDevice(c10::Device device) const override { current = device; }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { current = device; }
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::UNSAFE, device, current_stream);
+  }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return 2; }
   void* getStreamNativeHandle(const c10::Stream stream) const override {
     return reinterpret_cast<void*>(0x1100L + stream.device_index());
   }
+  void record(void** event, const c10::Stream& stream, c10::DeviceIndex, c10::EventFlag) const override {
+    *event = &log;
+    log += " record " + std::to_string(stream.id());
+  }
+  void block(void*, const c10::Stream& stream) const override { log += " block " + std::to_string(stream.id()); }
+  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
+
+  static inline thread_local c10::Device current{static_type, 0};
+  static inline c10::StreamId current_stream = 0;
+  // What is asked of streams.
+  static inline std::string log;
 };
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
@@ -59,9 +77,30 @@ std::string error(const Call& call) {
   }
 }
 
+// What is started on the default stream comes after what the current one holds, and before what it is given then.
+void test_default_stream() {
+  const auto device_of_body = [](int index, c10::StreamId current) {
+    Guard::log.clear();
+    Guard::current_stream = current;
+    const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+    c10::DeviceIndex inside = -1;
+    bbt::cuda::on_default_stream(device, [&] {
+      inside = Guard::current.index();
+      Guard::log += " body";
+    });
+    expect(Guard::current.index() == 0, "the device is as before");
+    return inside;
+  };
+  expect(device_of_body(1, 0) == 1 && Guard::log == " body", "nothing is waited for on the default stream");
+  expect(device_of_body(1, 7) == 1, "the device of the call");
+  expect(Guard::log == " record 7 block 0 body record 0 block 7", Guard::log.c_str());
+  Guard::current_stream = 0;
+}
+
 }  // namespace
 
 int main() {
+  test_default_stream();
   const auto gpu = [](int index) { return at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index)); };
   const auto start = [](at::Device device, const char* name, int64_t blocks) {
     bbt::cuda::Quantize arguments = {};
@@ -87,8 +126,9 @@ int main() {
   void* x = nullptr;
   std::memcpy(&x, &fake<char>("fake_argument"), sizeof(x));
   expect(x == reinterpret_cast<void*>(0x1234567890), "the arguments");
+  start(gpu(0), "adamw8bit", 1);
   start(gpu(0), "sum", 0);
-  expect(fake<int>("fake_launched") == 81, "no blocks, no launch");
+  expect(fake<int>("fake_launched") == 82, "no blocks, no launch");
 
   const auto contains = [](const std::string& text, const char* part) { return text.find(part) != std::string::npos; };
   expect(contains(error([&] { start(gpu(0), "sum", 1LL << 31); }), "2147483648"), "a grid that is too large");

@@ -2,9 +2,9 @@
 // up when they are first needed. So this compiles, and loads, without CUDA.
 #include "nvrtc.h"
 
+#include "dynamic_library.h"
 #include "shim.h"
 
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -51,12 +51,6 @@ void find(void* library, const char* name, Function*& function) {
   if (function == nullptr) throw std::runtime_error(std::string("libnvrtc has no ") + name);
 }
 
-// Where the library that holds `symbol` is loaded from.
-fs::path folder_of(const void* symbol) {
-  Dl_info info;
-  return dladdr(symbol, &info) != 0 ? fs::path(info.dli_fname).parent_path() : fs::path();
-}
-
 // NVRTC opens this by its name alone, which finds what is loaded already.
 void load_builtins(const fs::path& folder) {
   std::error_code ignored;
@@ -69,7 +63,7 @@ void load_builtins(const fs::path& folder) {
 }
 
 void* open_nvrtc() {
-  const fs::path lib = folder_of(reinterpret_cast<const void*>(&c10::warn));
+  const fs::path lib = bbt::folder_of(reinterpret_cast<const void*>(&c10::warn));
   // Where the linker looks; beside the wheel's `torch`; and by the name that it has in a libtorch archive, whose
   // libcaffe2_nvrtc knows it, but wants a driver, too.
   const std::string paths[] = {"libnvrtc.so.13", lib / "../../nvidia/cu13/lib/libnvrtc.so.13",
@@ -97,7 +91,7 @@ const Nvrtc& nvrtc() {
     find(library, "nvrtcGetCUBINSize", f.cubin_size);
     find(library, "nvrtcGetCUBIN", f.cubin);
     find(library, "nvrtcGetErrorString", f.error);
-    load_builtins(folder_of(reinterpret_cast<const void*>(f.version)));
+    load_builtins(bbt::folder_of(reinterpret_cast<const void*>(f.version)));
     return f;
   }();
   return functions;

@@ -99,12 +99,16 @@ char* bbt_foreach_norms(at::Tensor* const* tensors, size_t n, at::Tensor** norms
 char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor);
 char* bbt_amp_unscale(at::Tensor* const* grads, size_t n, at::Tensor* found_inf, at::Tensor* inverse_scale);
 
-// adamw8bit.cpp. `isa` is as above. Lists of `n` tensors on the CPU: uint8 `codes`, fp32 `absmax` of the first and the
-// second moment. A book is two tensors, as in kernels/cpu/adamw8bit.h.
+// adamw8bit.cpp. `isa` is as above. Lists of `n` tensors on one device: uint8 `codes`, fp32 `absmax` of the first and
+// the second moment. A book is two tensors, as in kernels/cpu/adamw8bit.h.
 char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* codes1,
                     at::Tensor* const* absmax1, at::Tensor* const* codes2, at::Tensor* const* absmax2,
                     at::Tensor* const* steps, size_t n, at::Tensor* const* book1, at::Tensor* const* book2, double lr,
                     double beta1, double beta2, double weight_decay, double eps, at::Tensor* found_inf);
+
+// bitsandbytes.cpp. Where bitsandbytes' kernel is used on CUDA: `*path`, the library that has it; else `*why` not. The
+// other one is nullptr; what is not is freed with bbt_free_message.
+char* bbt_bitsandbytes(char** path, char** why);
 
 // grad.cpp. Makes `grad` the gradient of `tensor`.
 char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad);

@@ -97,9 +97,10 @@ impl AdamW8bitState {
 }
 
 impl AdamW8bit {
-    /// Of these parameters.
+    /// Of these parameters, all on one device.
     pub fn new(params: Vec<AdamW8bitState>) -> Self {
-        let book = |signed| CodeBook::new(&dynamic_map(signed));
+        let device = params.first().map_or(Device::Cpu, |state| state.step.device());
+        let book = |signed| CodeBook::new(&dynamic_map(signed), device);
         // The second moment, of squares, has no sign.
         Self { params, books: [book(true), book(false)] }
     }
@@ -115,7 +116,7 @@ impl AdamW8bit {
         self.books.each_ref().map(CodeBook::values)
     }
 
-    /// AdamW's state, its moments rounded where AdamW8bit has 8 bits.
+    /// AdamW's state on the CPU, its moments rounded where AdamW8bit has 8 bits.
     pub(super) fn of_adamw(state: &[AdamWState]) -> Self {
         let _no_grad = tch::no_grad_guard();
         let mut rounded = Self::new(vec![]);

@@ -12,8 +12,19 @@ pub use piece::Piece;
 
 use tch::{Device, Tensor};
 
-use crate::config::{OptimConfig, OptimizerName};
-use crate::libtorch::{self, AdamWStep, Error};
+use crate::config::{Config, OptimConfig, OptimizerName};
+use crate::libtorch::{self, AdamW8bitKernel, AdamWStep, Error};
+
+/// Whose kernel the optimizer of `config` takes on `device`; none where it is not a matter of choice.
+///
+/// # Errors
+/// Those of [`AdamW8bitKernel::find`].
+pub fn adamw8bit_kernel(config: &Config, device: Device) -> Result<Option<AdamW8bitKernel>, Error> {
+    match device.is_cuda() && config.optim.name == OptimizerName::AdamW8bit {
+        true => AdamW8bitKernel::find().map(Some),
+        false => Ok(None),
+    }
+}
 
 /// The optimizer of `optim.name` over a list of parameters in PyTorch's order.
 #[derive(Debug)]

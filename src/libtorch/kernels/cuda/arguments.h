@@ -146,4 +146,37 @@ struct CrossEntropyBackward {
   long long d;
 };
 
+// Neighbours that share one scale, and which a warp steps.
+constexpr int kMomentBlock = 256;
+constexpr int kAdamW8bitThreads = 256;
+
+// A moment in 8 bits: values[code] * absmax. `nearest` are the codes of the values nearest to 65536 numbers from -1 to
+// 1, evenly spaced.
+struct Moment8bit {
+  unsigned char* codes;          // [n]
+  float* absmax;                 // [ceil(n / kMomentBlock)]
+  const float* values;           // [256]
+  const unsigned char* nearest;  // [65536]
+};
+
+// adamw8bit_blocks(n) blocks of kAdamW8bitThreads.
+struct AdamW8bit {
+  float* param;       // [n]
+  const float* grad;  // [n]
+  Moment8bit first, second;
+  const float* step;       // []: with this one
+  const float* found_inf;  // []: where it is 1, nothing is done
+  long long n;
+  // Of which the bias corrections are made.
+  double lr, beta1, beta2;
+  // beta, 1 - beta, 1 - lr * weight_decay: each rounded once.
+  float decay1, decay2, rest1, rest2, keep, eps;
+};
+// Not more than run at once: each of them makes the bias corrections anew.
+constexpr int adamw8bit_blocks(long long n) {
+  constexpr int kPerBlock = kMomentBlock * (kAdamW8bitThreads / 32);
+  const long long blocks = (n + kPerBlock - 1) / kPerBlock;
+  return static_cast<int>(blocks > 1024 ? 1024 : blocks);
+}
+
 }  // namespace bbt::cuda

@@ -123,11 +123,18 @@ struct Max {
   float operator()(float a, float b) const { return a != a || a > b ? a : b; }
 };
 
+// `value` of the warp's threads, combined. Every one of them calls it and gets the same.
+template <typename Op>
+float over_warp(float value, Op op) {
+  for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  return value;
+}
+
 // `value` of all threads, combined in one order. Every thread of the block calls it and gets the same.
 template <typename Op>
 float over_block(float value, Op op) {
   __shared__ float warps[kMaxThreads / 32];
-  for (int distance = 16; distance > 0; distance /= 2) value = op(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  value = over_warp(value, op);
   // The result of the call before has been read.
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
