@@ -31,43 +31,50 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Ternary weights, int8 activations, both with the identity as estimator, and what the rows below change of it.
+# What configs/ does: ternary weights, int8 activations, both with the identity as estimator. And what the rows below
+# change of it.
 BASE = {
     "model.n_layer": 4,
     "model.d_model": 160,
     "model.n_head": 5,
     "model.d_ff": 432,
+    "quant.start_frac": 0.4,
     "data.seq_len": 256,
-    "optim.lr": 3e-3,
-    "optim.schedule": "cosine",
-    "optim.decay": "all",
+    "optim.lr": 1.5e-3,
+    "optim.weight_decay": 0.0,
+    "optim.schedule": "wsd",
     "train.batch_size": 4,
     "train.steps": 1200,
     "train.precision": "bf16",
     "train.checkpointing": False,
     "train.device": "cpu",
     "train.log_every": 50,
+    "train.internals_every": 0,
     "train.save_every": 0,
 }
 FULL = {"quant.weight": "none", "quant.act": "none"}
 ORIGINAL = {"quant.ste": "clipped", "quant.act_ste": "none"}
+DECAY = {"optim.weight_decay": 0.1}
 
 # By name: what it changes.
 VARIANTS = {
     "full precision, lr 1e-3": {**FULL, "optim.lr": 1e-3},
     "full precision": FULL,
     "ternary": {},
-    "ternary, lr 1e-3": {"optim.lr": 1e-3},
-    "ternary, lr 1e-2": {"optim.lr": 1e-2},
+    "lr 1e-3": {"optim.lr": 1e-3},
+    "lr 3e-3": {"optim.lr": 3e-3},
+    "lr 1e-2": {"optim.lr": 1e-2},
     "activations in full precision": {"quant.act": "none"},
     "clipped estimator of the weights": {"quant.ste": "clipped"},
     "the original's rule": ORIGINAL,
-    "the original's rule, lr 1e-3": {**ORIGINAL, "optim.lr": 1e-3},
-    "decay of matrices only": {"optim.decay": "matrices"},
+    "the original's rule, from the start": {**ORIGINAL, "quant.start_frac": 0.0},
+    "quantized from the start": {"quant.start_frac": 0.0},
+    "decay of everything": {**DECAY, "optim.decay": "all"},
+    "decay of matrices only": {**DECAY, "optim.decay": "matrices"},
+    "AdamW of 8 bits": {"optim.name": "adamw8bit"},
+    "cosine": {"optim.schedule": "cosine"},
     "constant": {"optim.schedule": "constant"},
-    "warmup, stable, decay": {"optim.schedule": "wsd"},
-    "two stages": {"optim.schedule": "two_stage"},
-    "quantization over the first 20 %": {"quant.start_frac": 0.2},
+    "two stages, with decay": {**DECAY, "optim.schedule": "two_stage"},
 }
 # The rows that the others stand beside: the best of them, for it would be no feat to come near one badly trained.
 REFERENCES = [name for name, changes in VARIANTS.items() if changes.get("quant.weight") == "none"]
