@@ -44,7 +44,7 @@ BASE = {
     "optim.weight_decay": 0.0,
     "optim.schedule": "wsd",
     "train.batch_size": 4,
-    "train.steps": 1200,
+    "train.steps": 900,
     "train.precision": "bf16",
     "train.checkpointing": False,
     "train.device": "cpu",
@@ -61,12 +61,10 @@ VARIANTS = {
     "full precision, lr 1e-3": {**FULL, "optim.lr": 1e-3},
     "full precision": FULL,
     "ternary": {},
-    "lr 1e-3": {"optim.lr": 1e-3},
-    "lr 3e-3": {"optim.lr": 3e-3},
-    "lr 1e-2": {"optim.lr": 1e-2},
+    "three times the learning rate": {"optim.lr": 4.5e-3},
+    "ten times the learning rate": {"optim.lr": 1.5e-2},
     "activations in full precision": {"quant.act": "none"},
     "clipped estimator of the weights": {"quant.ste": "clipped"},
-    "the original's rule": ORIGINAL,
     "the original's rule, from the start": {**ORIGINAL, "quant.start_frac": 0.0},
     "quantized from the start": {"quant.start_frac": 0.0},
     "decay of everything": {**DECAY, "optim.decay": "all"},
@@ -126,7 +124,7 @@ def code(folder):
             shutil.copy(source, target)
 
 
-CORPORA = {"prose": prose, "code": code}
+CORPORA = {"code": code, "prose": prose}
 
 
 def corpus(name, bbt, work):

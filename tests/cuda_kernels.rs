@@ -47,8 +47,13 @@ fn a_gpu_that_nvrtc_does_not_know_is_named() {
     assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
 }
 
+/// `CXX`, which may be several words (`ccache g++`), as cargo's build scripts take it.
 fn compiler() -> Command {
-    Command::new(std::env::var_os("CXX").unwrap_or("c++".into()))
+    let words = std::env::var("CXX").unwrap_or("c++".into());
+    let mut words = words.split_whitespace();
+    let mut command = Command::new(words.next().unwrap_or("c++"));
+    command.args(words);
+    command
 }
 
 /// Compiles C++ `sources` of the repository, each with its flags, and links them to `program`.

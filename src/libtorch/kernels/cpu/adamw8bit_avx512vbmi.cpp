@@ -30,8 +30,8 @@ BBT_INLINE __m512i look_up_256(const uint8_t* table, __m512i i, __mmask64 upper)
   return _mm512_mask_mov_epi8(look_up_128(table, i), upper, look_up_128(table + 128, i));
 }
 
-// What kGroup codes stand for. The bytes of a value are looked up apart and put together within quarters of a vector.
-BBT_INLINE void dequantize_group(const uint8_t* codes, const Lookup& book, float absmax, Vec (&to)[4]) {
+// The values of kGroup codes. The bytes of a value are looked up apart and put together within quarters of a vector.
+BBT_INLINE void dequantize_group(const uint8_t* codes, const Lookup& book, Vec (&to)[4]) {
   // So that the i-th quarters of the four words of a quarter come to lie in the i-th vector.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i code = _mm512_maskz_permutexvar_epi32(0xffff, order, bytes(codes));
@@ -44,7 +44,7 @@ BBT_INLINE void dequantize_group(const uint8_t* codes, const Lookup& book, float
     const __m512i words[] = {_mm512_unpacklo_epi16(low[half], high[half]),
                              _mm512_unpackhi_epi16(low[half], high[half])};
     for (int i = 0; i < 2; ++i) {
-      to[2 * half + i] = reinterpret_cast<Vec>(words[i]) * absmax;
+      to[2 * half + i] = reinterpret_cast<Vec>(words[i]);
     }
   }
 }
@@ -118,20 +118,20 @@ struct alignas(64) Block {
 BBT_INLINE void advance(const Problem& p, int64_t index, Block& block) {
   const Lookup &book1 = *p.first.book.lookup, &book2 = *p.second.book.lookup;
   // Not read again behind every store.
-  const float beta1 = p.beta1, beta2 = p.beta2, rest1 = p.rest1, rest2 = p.rest2;
+  const float rest1 = p.rest1, rest2 = p.rest2;
   const float keep = p.keep, rate = p.rate, scale = p.scale, eps = p.eps;
-  const float old1 = p.first.absmax[index], old2 = p.second.absmax[index];
+  const float kept1 = p.first.absmax[index] * p.beta1, kept2 = p.second.absmax[index] * p.beta2;
   Vec most1 = {}, most2 = {};
   for (int64_t group = 0; group < kBlock; group += kGroup) {
     const int64_t from = index * kBlock + group;
     Vec means[4], squares[4];
-    dequantize_group(p.first.codes + from, book1, old1, means);
-    dequantize_group(p.second.codes + from, book2, old2, squares);
+    dequantize_group(p.first.codes + from, book1, means);
+    dequantize_group(p.second.codes + from, book2, squares);
     for (int i = 0; i < 4; ++i) {
       float* const param = p.param + from + i * kLanes;
       const Vec g = load(p.grad + from + i * kLanes);
-      const Vec mean = means[i] * beta1 + g * rest1;
-      const Vec square = squares[i] * beta2 + g * g * rest2;
+      const Vec mean = means[i] * kept1 + g * rest1;
+      const Vec square = squares[i] * kept2 + g * g * rest2;
       store(block.mean + group + i * kLanes, mean);
       store(block.square + group + i * kLanes, square);
       most1 = larger_number(magnitude(mean), most1);

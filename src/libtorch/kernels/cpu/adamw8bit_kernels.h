@@ -13,8 +13,8 @@ using bbt::adamw8bit::CodeBook;
 using bbt::adamw8bit::kBlock;
 using bbt::adamw8bit::Problem;
 
-BBT_INLINE void dequantize(const uint8_t* codes, float absmax, const float* values, float* to) {
-  for (int64_t i = 0; i < kBlock; ++i) to[i] = values[codes[i]] * absmax;
+BBT_INLINE void dequantize(const uint8_t* codes, const float* values, float* to) {
+  for (int64_t i = 0; i < kBlock; ++i) to[i] = values[codes[i]];
 }
 
 // Of numbers that are not negative.
@@ -44,12 +44,13 @@ BBT_INLINE float quantize(float* x, const CodeBook& book, uint8_t* codes) {
 BBT_INLINE void step_block(const Problem& p, int64_t index, float* param, const float* grad, uint8_t* first,
                            uint8_t* second) {
   float m[kBlock], v[kBlock];
-  dequantize(first, p.first.absmax[index], p.first.book.values, m);
-  dequantize(second, p.second.absmax[index], p.second.book.values, v);
+  dequantize(first, p.first.book.values, m);
+  dequantize(second, p.second.book.values, v);
+  const float kept1 = p.first.absmax[index] * p.beta1, kept2 = p.second.absmax[index] * p.beta2;
   for (int64_t i = 0; i < kBlock; i += kLanes) {
     const Vec g = load(grad + i);
-    const Vec mean = load(m + i) * p.beta1 + g * p.rest1;
-    const Vec square = load(v + i) * p.beta2 + g * g * p.rest2;
+    const Vec mean = load(m + i) * kept1 + g * p.rest1;
+    const Vec square = load(v + i) * kept2 + g * g * p.rest2;
     store(m + i, mean);
     store(v + i, square);
     store(param + i, load(param + i) * p.keep - p.rate * mean / (square_root(square) * p.scale + p.eps));

@@ -31,7 +31,7 @@ void step_block(const AdamW8bit& a, const Common& common, long long block) {
   constexpr int kRounds = kPerLane / N;
   const int lane = threadIdx.x % 32;
   const auto place = [&](int round) { return block * kMomentBlock + (round * 32 + lane) * N; };
-  const float absmax1 = a.first.absmax[block], absmax2 = a.second.absmax[block];
+  const float kept1 = a.first.absmax[block] * a.decay1, kept2 = a.second.absmax[block] * a.decay2;
   // What lies beyond the end stays zero, and so never is the largest.
   float m[kRounds][N] = {}, v[kRounds][N] = {};
   float largest1 = 0, largest2 = 0;
@@ -44,8 +44,8 @@ void step_block(const AdamW8bit& a, const Common& common, long long block) {
     const auto codes1 = *reinterpret_cast<const Pack<unsigned char, N>*>(a.first.codes + i);
     const auto codes2 = *reinterpret_cast<const Pack<unsigned char, N>*>(a.second.codes + i);
     for (int k = 0; k < N; ++k) {
-      const float mean = common.values1[codes1.values[k]] * absmax1 * a.decay1 + g[k] * a.rest1;
-      const float square = common.values2[codes2.values[k]] * absmax2 * a.decay2 + g[k] * g[k] * a.rest2;
+      const float mean = common.values1[codes1.values[k]] * kept1 + g[k] * a.rest1;
+      const float square = common.values2[codes2.values[k]] * kept2 + g[k] * g[k] * a.rest2;
       p[k] = p[k] * a.keep - common.rate * mean / (__fsqrt_rn(square) * common.scale + a.eps);
       m[round][k] = mean;
       v[round][k] = square;
