@@ -470,7 +470,7 @@ mod tests {
     use super::*;
     use crate::training::metrics::{TrainRow, ValRow};
 
-    fn train_row(step: u64, bits_per_byte: f64, lr: f64) -> Row {
+    pub(super) fn train_row(step: u64, bits_per_byte: f64, lr: f64) -> Row {
         Row::Train(TrainRow {
             step,
             loss: bits_per_byte * std::f64::consts::LN_2,

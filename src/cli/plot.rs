@@ -21,7 +21,8 @@ pub struct Args {
     /// Run directories or metrics.jsonl files
     #[arg(required_unless_present = "schedule", value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// Draw the layers of one run: weights at zero, weights changed, gamma, gradient norms, inputs
+    /// Draw one run from inside: its layers (weights at each value and changed, gamma, gradient norms, inputs), steps
+    /// skipped, loss scale, utilisation, memory
     #[arg(long, conflicts_with = "schedule")]
     internals: bool,
     /// The picture [default: loss.png, internals.png or schedule.png]

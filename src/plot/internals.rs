@@ -1,4 +1,5 @@
-//! A run's layers against steps: what their weights, inputs and gradients are like, a line for each.
+//! A run from inside, against steps: what its layers' weights, inputs and gradients are like, a line for each layer, and
+//! below them what concerns all of it.
 
 use std::ops::Range;
 use std::path::Path;
@@ -11,7 +12,7 @@ use super::{
     Area, Drawn, INK, MARGIN, MUTED, PlotError, Points, Run, WIDTH, canvas, finite, label, line, panel, range,
     scientific, text, units, write_png,
 };
-use crate::training::metrics::{InternalsRow, LayerRow, Row};
+use crate::training::metrics::{InternalsRow, LayerRow, Row, TrainRow};
 
 /// Height of a panel in points; the last has the axis of steps besides.
 const PANEL: i32 = 190;
@@ -32,30 +33,68 @@ fn ramp(depth: f64) -> RGBColor {
     RGBColor(mix(a.0, b.0), mix(a.1, b.1), mix(a.2, b.2))
 }
 
-/// What a panel shows of a layer.
-struct Panel {
+/// What a panel shows of a layer, or of a step.
+struct Shown<T> {
     caption: &'static str,
-    value: fn(&LayerRow) -> Option<f64>,
+    value: fn(&T) -> Option<f64>,
     /// Whether its values are drawn by their logarithm: layers and times differ by factors.
     logarithmic: bool,
 }
 
-const PANELS: [Panel; 5] = [
-    Panel { caption: "Weights at 0, fraction", value: |layer| layer.zero, logarithmic: false },
-    Panel { caption: "Weights changed since the last look, fraction", value: |layer| layer.flips, logarithmic: true },
-    Panel { caption: "Gamma: mean absolute weight", value: |layer| layer.gamma, logarithmic: false },
-    Panel { caption: "Gradient norm before clipping", value: |layer| Some(layer.grad_norm), logarithmic: true },
-    Panel { caption: "Largest absolute input", value: |layer| layer.input_absmax, logarithmic: true },
+const OF_LAYERS: [Shown<LayerRow>; 7] = [
+    Shown { caption: "Weights at 0, fraction", value: |layer| layer.zero, logarithmic: false },
+    Shown { caption: "Weights at +1, fraction", value: |layer| layer.plus, logarithmic: false },
+    Shown { caption: "Weights at -1, fraction", value: |layer| layer.minus, logarithmic: false },
+    Shown { caption: "Weights changed since the last look, fraction", value: |layer| layer.flips, logarithmic: true },
+    Shown { caption: "Gamma: mean absolute weight", value: |layer| layer.gamma, logarithmic: false },
+    Shown { caption: "Gradient norm before clipping", value: |layer| Some(layer.grad_norm), logarithmic: true },
+    Shown { caption: "Largest absolute input", value: |layer| layer.input_absmax, logarithmic: true },
 ];
 
+const OF_STEPS: [Shown<TrainRow>; 4] = [
+    Shown { caption: "Steps skipped, so far", value: |row| Some(row.skipped_steps as f64), logarithmic: false },
+    Shown { caption: "Loss scale", value: |row| row.loss_scale, logarithmic: true },
+    Shown { caption: "Model FLOPs utilisation", value: |row| row.mfu, logarithmic: false },
+    Shown {
+        caption: "Peak memory, GiB",
+        value: |row| Some(row.peak_memory_bytes as f64 / f64::from(1 << 30)),
+        logarithmic: false,
+    },
+];
+
+impl<T> Shown<T> {
+    /// What to draw of `value`, of which there may be none; what is missing, or has no logarithm, is a gap.
+    fn height(&self, value: Option<&T>) -> f64 {
+        let value = value.and_then(self.value).unwrap_or(f64::NAN);
+        if self.logarithmic { value.log10() } else { value }
+    }
+}
+
+/// A panel with its curves.
+struct Panel {
+    caption: &'static str,
+    logarithmic: bool,
+    curves: Vec<(Points, RGBColor)>,
+}
+
 impl Panel {
-    /// The curve of the layer called `name`; what is missing, or has no logarithm, is a gap.
-    fn curve(&self, rows: &[&InternalsRow], name: &str) -> Points {
-        let point = |row: &&InternalsRow| {
-            let value = row.layers.iter().find(|layer| layer.name == name).and_then(self.value).unwrap_or(f64::NAN);
-            (row.step as f64, if self.logarithmic { value.log10() } else { value })
+    fn of_layers(shown: &Shown<LayerRow>, rows: &[&InternalsRow], names: &[&str]) -> Self {
+        let curve = |(index, name): (usize, &&str)| {
+            let point = |row: &&InternalsRow| {
+                (row.step as f64, shown.height(row.layers.iter().find(|layer| layer.name == **name)))
+            };
+            (rows.iter().map(point).collect(), ramp(depth_of(index, names)))
         };
-        rows.iter().map(point).collect()
+        let curves = names.iter().enumerate().map(curve).collect();
+        Self { caption: shown.caption, logarithmic: shown.logarithmic, curves }
+    }
+
+    /// None where there is nothing to show: a loss scale is fp16's, a utilisation that of a device whose peak is known.
+    fn of_steps(shown: &Shown<TrainRow>, rows: &[&TrainRow]) -> Option<Self> {
+        let curve: Points = rows.iter().map(|row| (row.step as f64, shown.height(Some(row)))).collect();
+        let any = finite(curve.iter()).next().is_some();
+        let curves = vec![(curve, INK)];
+        any.then_some(Self { caption: shown.caption, logarithmic: shown.logarithmic, curves })
     }
 }
 
@@ -64,54 +103,49 @@ impl Panel {
 /// # Errors
 /// [`PlotError`]; the file at `out` is then as it was.
 pub fn plot_internals(run: &Run, out: &Path) -> Result<(), PlotError> {
-    let rows: Vec<&InternalsRow> = run
-        .rows
-        .iter()
-        .filter_map(|row| match row {
-            Row::Internals(row) => Some(row),
-            _ => None,
-        })
-        .collect();
-    let Some(layers) = rows.last().map(|row| &row.layers).filter(|layers| !layers.is_empty()) else {
+    let (mut looks, mut steps) = (vec![], vec![]);
+    for row in &run.rows {
+        match row {
+            Row::Internals(row) => looks.push(row),
+            Row::Train(row) => steps.push(row),
+            Row::Val(_) => {}
+        }
+    }
+    let Some(layers) = looks.last().map(|row| &row.layers).filter(|layers| !layers.is_empty()) else {
         return Err(PlotError::NoInternals(run.name.clone()));
     };
     let names: Vec<&str> = layers.iter().map(|layer| layer.name.as_str()).collect();
-    let height = TOP + PANEL * PANELS.len() as i32 + STEPS;
-    write_png(out, || canvas(height, |root| draw(root, &run.name, &rows, &names)))
+    let of_layers = OF_LAYERS.iter().map(|shown| Panel::of_layers(shown, &looks, &names));
+    let panels: Vec<Panel> =
+        of_layers.chain(OF_STEPS.iter().filter_map(|shown| Panel::of_steps(shown, &steps))).collect();
+    let last = run.rows.iter().map(Row::step).max().unwrap_or(0);
+    let height = TOP + PANEL * panels.len() as i32 + STEPS;
+    write_png(out, || canvas(height, |root| draw(root, &run.name, &panels, &names, 0.0..(last as f64).max(1.0))))
 }
 
-fn draw(root: &Area, run: &str, rows: &[&InternalsRow], names: &[&str]) -> Drawn<()> {
+fn draw(root: &Area, run: &str, panels: &[Panel], names: &[&str], steps: Range<f64>) -> Drawn<()> {
     root.fill(&WHITE)?;
     let title = format!("Inside {}", label(run));
     root.draw(&Text::new(title, (units(MARGIN), units(20)), text(22, FontStyle::Bold, INK, HPos::Left)))?;
     legend(root, names)?;
     let (_, mut rest) = root.split_vertically(units(TOP));
-    let steps = 0.0..rows.last().map_or(1.0, |row| row.step as f64).max(1.0);
-    for (index, panel) in PANELS.iter().enumerate() {
-        let is_last = index + 1 == PANELS.len();
+    for (index, panel) in panels.iter().enumerate() {
+        let is_last = index + 1 == panels.len();
         let (own, below) = rest.split_vertically(units(if is_last { PANEL + STEPS } else { PANEL }));
-        draw_panel(&own, panel, rows, names, steps.clone(), is_last)?;
+        draw_panel(&own, panel, steps.clone(), is_last)?;
         rest = below;
     }
     Ok(())
 }
 
-fn draw_panel(
-    area: &Area,
-    shown: &Panel,
-    rows: &[&InternalsRow],
-    names: &[&str],
-    steps: Range<f64>,
-    with_steps: bool,
-) -> Drawn<()> {
-    let curves: Vec<Points> = names.iter().map(|name| shown.curve(rows, name)).collect();
-    let values = range(finite(curves.iter().flatten()).map(|(_, value)| value));
+fn draw_panel(area: &Area, shown: &Panel, steps: Range<f64>, with_steps: bool) -> Drawn<()> {
+    let values = range(finite(shown.curves.iter().flat_map(|(curve, _)| curve)).map(|(_, value)| value));
     let (top, plain): (f64, &dyn Fn(&f64) -> String) = (values.end, &significant);
     let power = |exponent: &f64| significant(&10f64.powf(*exponent));
     let y_label = if shown.logarithmic { &power } else { plain };
     let mut chart = panel(area, shown.caption, steps, values, y_label, with_steps)?;
-    for (curve, depth) in curves.iter().zip(0..) {
-        line(&mut chart, curve, top, ramp(depth_of(depth, names)).mix(1.0), 1)?;
+    for (curve, color) in &shown.curves {
+        line(&mut chart, curve, top, color.mix(1.0), 1)?;
     }
     Ok(())
 }
@@ -151,7 +185,7 @@ fn significant(value: &f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{count, pixels_of};
+    use super::super::tests::{count, pixels_of, train_row};
     use super::*;
 
     /// A run of `blocks` blocks, whose numbers differ from layer to layer and change from look to look.
@@ -162,8 +196,8 @@ mod tests {
                 name: format!("blocks.{index}.attn.q_proj"),
                 grad_norm: (1.0 + depth) / time,
                 zero: Some(0.3 + 0.1 * depth + 0.01 * time),
-                plus: Some(0.3),
-                minus: Some(0.3),
+                plus: Some(0.3 - 0.1 * depth - 0.01 * time),
+                minus: Some(0.3 + 0.05 * depth + 0.01 * time),
                 flips: (step > 0).then_some(0.1 * (1.0 + depth) / time),
                 gamma: Some(0.02 + 0.01 * depth + 0.001 * time),
                 input_absmax: Some(5.0 * (1.0 + depth) * time),
@@ -185,8 +219,8 @@ mod tests {
     fn every_panel_has_a_line_for_each_layer() {
         for blocks in [2, 24] {
             let pixels = pixels_of(|out| plot_internals(&run(blocks, 30), out));
-            assert_eq!((pixels.width(), pixels.height()), (2000, 2 * (TOP + 5 * PANEL + STEPS) as u32));
-            for panel in 0..5 {
+            assert_eq!((pixels.width(), pixels.height()), (2000, 2 * (TOP + 7 * PANEL + STEPS) as u32));
+            for panel in 0..7 {
                 let rows = 2 * (TOP + panel * PANEL) as u32..2 * (TOP + (panel + 1) * PANEL) as u32;
                 for index in [1, blocks / 2, blocks] {
                     let color = ramp(index as f64 / blocks as f64);
@@ -199,6 +233,43 @@ mod tests {
                 }
             }
             assert!(count(&pixels, INK) > 300);
+        }
+    }
+
+    #[test]
+    fn steps_add_the_panels_that_they_have_something_for() {
+        let panels = |steps: &[Row]| {
+            let mut run = run(2, 3);
+            run.rows.extend(steps.iter().cloned());
+            let height = pixels_of(|out| plot_internals(&run, out)).height() as i32;
+            (height / 2 - TOP - STEPS) / PANEL
+        };
+        let Row::Train(row) = train_row(10, 2.0, 1e-3) else { panic!("a step") };
+        assert_eq!(panels(&[Row::Train(TrainRow { loss_scale: None, mfu: None, ..row.clone() })]), 9);
+        let scaled = TrainRow { loss_scale: Some(65536.0), mfu: None, ..row.clone() };
+        assert_eq!(panels(&[Row::Train(scaled.clone())]), 10);
+        // Each has its line.
+        let mut run = run(2, 3);
+        let step = |step: u64| {
+            let loss_scale = Some(65536.0 / (1 + step) as f64);
+            TrainRow {
+                step,
+                loss_scale,
+                mfu: Some(0.3),
+                skipped_steps: step,
+                peak_memory_bytes: step << 25,
+                ..row.clone()
+            }
+        };
+        run.rows.extend((0..200).map(step).map(Row::Train));
+        let pixels = pixels_of(|out| plot_internals(&run, out));
+        assert_eq!(pixels.height() as i32, 2 * (TOP + 11 * PANEL + STEPS));
+        for panel in 7..11 {
+            let rows = 2 * (TOP + panel * PANEL) as u32..2 * (TOP + (panel + 1) * PANEL) as u32;
+            let ink = rows.flat_map(|y| (200..1900).map(move |x| (x, y))).filter(|&(x, y)| {
+                pixels.pixel(x, y).is_some_and(|p| (p.red(), p.green(), p.blue()) == (INK.0, INK.1, INK.2))
+            });
+            assert!(ink.count() > 1500, "panel {panel}");
         }
     }
 
