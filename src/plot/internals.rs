@@ -52,7 +52,11 @@ const OF_LAYERS: [Shown<LayerRow>; 7] = [
 ];
 
 const OF_STEPS: [Shown<TrainRow>; 4] = [
-    Shown { caption: "Steps skipped, so far", value: |row| Some(row.skipped_steps as f64), logarithmic: false },
+    Shown {
+        caption: "Steps skipped, so far",
+        value: |row| (row.skipped_steps > 0).then_some(row.skipped_steps as f64),
+        logarithmic: false,
+    },
     Shown { caption: "Loss scale", value: |row| row.loss_scale, logarithmic: true },
     Shown { caption: "Model FLOPs utilisation", value: |row| row.mfu, logarithmic: false },
     Shown {
@@ -89,7 +93,8 @@ impl Panel {
         Self { caption: shown.caption, logarithmic: shown.logarithmic, curves }
     }
 
-    /// None where there is nothing to show: a loss scale is fp16's, a utilisation that of a device whose peak is known.
+    /// None where there is nothing to show: no step was skipped, a loss scale is fp16's, a utilisation that of a device
+    /// whose peak is known.
     fn of_steps(shown: &Shown<TrainRow>, rows: &[&TrainRow]) -> Option<Self> {
         let curve: Points = rows.iter().map(|row| (row.step as f64, shown.height(Some(row)))).collect();
         let any = finite(curve.iter()).next().is_some();
@@ -245,9 +250,9 @@ mod tests {
             (height / 2 - TOP - STEPS) / PANEL
         };
         let Row::Train(row) = train_row(10, 2.0, 1e-3) else { panic!("a step") };
-        assert_eq!(panels(&[Row::Train(TrainRow { loss_scale: None, mfu: None, ..row.clone() })]), 9);
+        assert_eq!(panels(&[Row::Train(TrainRow { loss_scale: None, mfu: None, ..row.clone() })]), 8);
         let scaled = TrainRow { loss_scale: Some(65536.0), mfu: None, ..row.clone() };
-        assert_eq!(panels(&[Row::Train(scaled.clone())]), 10);
+        assert_eq!(panels(&[Row::Train(scaled)]), 9);
         // Each has its line.
         let mut run = run(2, 3);
         let step = |step: u64| {
