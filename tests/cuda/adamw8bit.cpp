@@ -5,6 +5,7 @@
 #include "../../src/libtorch/shim/adamw8bit.h"
 #include "../../src/libtorch/shim/shim.h"
 #include "bitsandbytes.h"
+#include "expect.h"
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -24,20 +25,6 @@ using bbt::adamw8bit::Step;
 
 constexpr int64_t kBlock = 256;
 constexpr double kLr = 3e-2, kBeta1 = 0.9, kBeta2 = 0.95, kDecay = 0.1, kEps = 1e-8;
-
-int checks = 0, failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  ++checks;
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
-template <typename... Parts>
-std::string text(const Parts&... parts) {
-  return c10::str(parts...);
-}
 
 // Values as dense as those of bitsandbytes, but drawn anew, and the codes nearest to 65536 numbers.
 struct Book {

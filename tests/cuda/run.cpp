@@ -10,6 +10,7 @@
 #include "../../src/libtorch/shim/fused.cpp"
 #undef kCpu
 #include "../../src/libtorch/shim/fused_cuda.cpp"
+#include "expect.h"
 
 #include <cmath>
 #include <cstdio>
@@ -29,20 +30,6 @@ const at::ScalarType kDtypes[] = {at::kFloat, at::kHalf, at::kBFloat16};
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-int checks = 0, failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  ++checks;
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
-template <typename... Parts>
-std::string text(const Parts&... parts) {
-  return c10::str(parts...);
-}
 
 // The unit of the last place, relative.
 double unit(at::ScalarType dtype) {
