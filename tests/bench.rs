@@ -2,6 +2,7 @@
 //!
 //! The contender is this program itself, started again with a configuration: so it is never an older build.
 
+#[path = "it/common/mod.rs"]
 mod common;
 #[path = "../benches/step.rs"]
 mod step;

@@ -1,11 +1,10 @@
 //! What changes over a run: schedules and parameter groups as PyTorch has them, and quantization that comes in.
 
-mod common;
-
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::common::assert_same_checkpoint;
 use bbt::checkpoint::{load_model, torch_file};
 use bbt::config::{
     ActQuant, Config, Decay, ModelConfig, OptimConfig, Order, Precision, QuantKernel, Schedule, WeightQuant,
@@ -17,13 +16,12 @@ use bbt::training::metrics::{self, Row, TrainRow};
 use bbt::training::{Start, Trainer};
 use bbt::utils::decay::DecayingTensors;
 use bbt::utils::optim::Optimizer;
-use common::assert_same_checkpoint;
 use tch::{Device, Kind, Tensor};
 
 fn python(code: &str, arguments: &[&str]) -> String {
     let mut all = vec!["-c".as_ref(), code.as_ref()];
     all.extend(arguments.iter().map(|argument| std::ffi::OsStr::new(*argument)));
-    common::python(&all)
+    crate::common::python(&all)
 }
 
 /// The learning rates of each step by PyTorch's own schedulers: a line each for cosine, constant, wsd and two_stage.

@@ -1,7 +1,5 @@
 //! One run handed back and forth between bbt and PyTorch goes on as if it had never left either.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -51,7 +49,8 @@ fn pytorch_trains(from: &Path, stop: u64, to: &Path, optimizer: &str) -> Vec<f64
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/bitbytelm.py");
     let stop = stop.to_string();
     let (from, text, to) = (from.as_os_str(), text(), to.as_os_str());
-    let printed = common::python(&[script.as_os_str(), from, text.as_os_str(), stop.as_ref(), to, optimizer.as_ref()]);
+    let printed =
+        crate::common::python(&[script.as_os_str(), from, text.as_os_str(), stop.as_ref(), to, optimizer.as_ref()]);
     printed.lines().map(|line| line.parse().expect("a loss")).collect()
 }
 

@@ -1,11 +1,9 @@
 //! Each building block against the values that the PyTorch original computed.
 
-mod common;
-
+use crate::common::{Golden, relative_difference};
 use bbt::config::{ActQuant, Attention, QuantConfig, Ste};
 use bbt::models::{Block, RmsNorm, Rope};
 use bbt::quantization::{BitLinear, TernaryQuantSTE, act_quant_per_token, ternary_quant};
-use common::{Golden, relative_difference};
 use tch::{Device, Tensor, nn};
 
 const TOLERANCE: f64 = 1e-5;

@@ -1,7 +1,5 @@
 //! `bbt launch`: what its ranks are told and say, and that they end together. The ranks are scripts of bash.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
@@ -10,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::cli::{Done, Running, Workspace};
+use crate::common::cli::{Done, Running, Workspace};
 
 /// Waits until the test makes the file `go`.
 const AWAIT_GO: &str = "until [ -e go ]; do sleep 0.01; done";

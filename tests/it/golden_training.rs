@@ -1,10 +1,9 @@
 //! The whole model and the training loop against the numbers of the PyTorch original.
 
-mod common;
-
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::common::{Golden, STES, relative_difference};
 use bbt::checkpoint::{TrainingCheckpoint, load_model};
 use bbt::config::{Config, OptimConfig, Order, Precision, Schedule, TrainConfig};
 use bbt::inference::{Generator, Sampling};
@@ -14,7 +13,6 @@ use bbt::training::loss::cross_entropy;
 use bbt::training::lr_scheduler::{lr_for_step, seq_len_for_step};
 use bbt::training::metrics::{TrainObserver, TrainRow};
 use bbt::training::{Start, Trainer};
-use common::{Golden, STES, relative_difference};
 use tch::{Device, Tensor, nn};
 
 const FOLDERS: [&str; 2] = ["bitbyte_tiny", "bitbyte_tiny_no_act_quant"];

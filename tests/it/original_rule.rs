@@ -1,14 +1,12 @@
 //! The original's rule, with which `make quality` compares, against autograd of Python's torch: activations rounded
 //! without a straight-through estimator, weights with the clipped one.
 
-mod common;
-
 use std::collections::HashMap;
 use std::path::Path;
 
+use crate::common::relative_difference;
 use bbt::config::{ActSte, QuantConfig, QuantKernel, Ste};
 use bbt::quantization::BitLinear;
-use common::relative_difference;
 use tch::{Device, Kind, Tensor, nn};
 
 /// The layer as the original writes it, with nothing detached from the activations.
@@ -45,7 +43,7 @@ fn outputs_and_gradients_are_torchs() {
     let [from, to] = ["given.safetensors", "theirs.safetensors"].map(|name| dir.path().join(name));
     Tensor::write_safetensors(&[("x", &x), ("weight", &weight), ("upstream", &upstream)], &from).expect("writes");
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python");
-    common::python(&["-c".as_ref(), ORIGINAL.as_ref(), scripts.as_ref(), from.as_ref(), to.as_ref()]);
+    crate::common::python(&["-c".as_ref(), ORIGINAL.as_ref(), scripts.as_ref(), from.as_ref(), to.as_ref()]);
     let theirs: HashMap<String, Tensor> = Tensor::read_safetensors(&to).expect("reads").into_iter().collect();
 
     // Fused kernels have the identity alone: asked for, they leave this to the reference.

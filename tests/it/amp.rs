@@ -1,7 +1,5 @@
 //! Mixed precision is PyTorch's: the gradient scaler rule by rule, autocast to the last bit.
 
-mod common;
-
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -22,7 +20,7 @@ fn pytorch(what: &str, arguments: &[&Path]) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/amp.py");
     let mut all = vec![script.as_os_str(), what.as_ref()];
     all.extend(arguments.iter().map(|argument| argument.as_os_str()));
-    common::python(&all)
+    crate::common::python(&all)
 }
 
 /// As `GradScaler.state_dict()` has it.

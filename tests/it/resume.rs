@@ -1,15 +1,13 @@
 //! Exact resume: N steps, or k steps, a new process's worth of state, and N - k steps, are the same run.
 
-mod common;
-
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::common::assert_same_checkpoint;
 use bbt::checkpoint::torch_file;
 use bbt::config::{Config, ModelConfig, Order, Precision};
 use bbt::training::metrics::{self, Row, TrainObserver, TrainRow};
 use bbt::training::{Start, Trainer};
-use common::assert_same_checkpoint;
 
 fn config(precision: Precision, order: Order, out: &Path) -> Config {
     let mut config = Config {

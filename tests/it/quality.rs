@@ -1,7 +1,5 @@
 //! `make quality` in small: a table of two ways of training, which a second call takes from what it has kept.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -16,7 +14,7 @@ fn quality(work: &Path, document: &Path, only: &str) -> Output {
 fn command(work: &Path, document: &Path, only: &str, steps: &str) -> Command {
     let driver = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/quality.py");
     let bbt = env!("CARGO_BIN_EXE_bbt");
-    let mut command = common::python_command(&[driver.as_ref(), bbt.as_ref(), document.as_ref()]);
+    let mut command = crate::common::python_command(&[driver.as_ref(), bbt.as_ref(), document.as_ref()]);
     command.env("WORK", work).env("ONLY", only).env("CORPORA", "code").env("SEEDS", "1").env("STEPS", steps);
     command
 }

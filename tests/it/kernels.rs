@@ -1,7 +1,5 @@
 //! `quant.kernel`: the fused kernels train as the reference does, and a run may change from one to the other.
 
-mod common;
-
 use std::sync::atomic::AtomicBool;
 
 use bbt::config::{Config, ModelConfig, Precision, QuantKernel, TrainConfig};

@@ -1,17 +1,15 @@
 //! bitsandbytes' AdamW8bit: its steps and its checkpoints.
 
-mod common;
-
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use crate::common::assert_same_checkpoint;
 use bbt::checkpoint::{Dtype, Value, convert, torch_file};
 use bbt::config::{Config, ModelConfig, OptimConfig, OptimizerName, Precision};
 use bbt::libtorch::Moment8bit;
 use bbt::training::{Start, Trainer};
 use bbt::utils::optim::{Moments, Optimizer, OptimizerState, dynamic_map};
-use common::assert_same_checkpoint;
 use tch::{Device, Kind, Tensor};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);

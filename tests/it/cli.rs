@@ -1,7 +1,5 @@
 //! What a user does with `bbt`, subcommand by subcommand: files, output, exit status.
 
-mod common;
-
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -9,10 +7,10 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use crate::common::Golden;
+use crate::common::cli::{Done, Running, Workspace};
 use bbt::checkpoint::{TrainingCheckpoint, torch_file};
 use bbt::config::Config;
-use common::Golden;
-use common::cli::{Done, Running, Workspace};
 
 /// What was logged of each step must have these.
 const KEYS: [&str; 8] =

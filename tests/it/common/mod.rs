@@ -1,5 +1,5 @@
 //! What the integration tests share: golden data, the binary, Python.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code)] // each test program uses its part
 
 pub mod cli;
 

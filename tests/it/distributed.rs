@@ -1,7 +1,5 @@
 //! Many ranks, each a process of its own, over Gloo: under torchrun, and by the bare variables.
 
-mod common;
-
 use std::ffi::OsStr;
 use std::net::TcpListener;
 use std::process::Command;
@@ -10,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use crate::common::assert_same_checkpoint;
+use crate::common::cli::{Done, Running, Workspace};
 use bbt::checkpoint::{Value, torch_file};
 use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, OptimizerName, Precision, WeightQuant};
 use bbt::data::Order;
 use bbt::launch::RankEnv;
 use bbt::training::{Start, Trainer, Verdict, setup_ddp};
-use common::assert_same_checkpoint;
-use common::cli::{Done, Running, Workspace};
 use tch::Tensor;
 
 /// Weights and activations in full precision: without rounding to codes, sums in another order stay as close

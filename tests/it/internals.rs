@@ -1,7 +1,5 @@
 //! A look inside says what PyTorch finds in the same model, whatever computes it, and changes nothing.
 
-mod common;
-
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -9,13 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use crate::common::assert_same_checkpoint;
 use bbt::checkpoint::torch_file;
 use bbt::config::{ActQuant, Config, ModelConfig, Order, Precision, QuantKernel, TrainConfig, WeightQuant};
 use bbt::launch::RankEnv;
 use bbt::training::metrics::{self, InternalsRow, LayerRow, Row, TrainObserver, TrainRow};
 use bbt::training::utilisation::flops_per_byte;
 use bbt::training::{Start, Trainer, setup_ddp};
-use common::assert_same_checkpoint;
 
 const STEPS: u64 = 4;
 
@@ -117,8 +115,13 @@ fn pytorch_finds_the_same_by_hooks() {
     let start = initial(dir.path(), accumulate);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/internals.py");
     let (steps, two) = (STEPS.to_string(), "2");
-    let printed =
-        common::python(&[script.as_os_str(), start.as_os_str(), text().as_os_str(), steps.as_ref(), two.as_ref()]);
+    let printed = crate::common::python(&[
+        script.as_os_str(),
+        start.as_os_str(),
+        text().as_os_str(),
+        steps.as_ref(),
+        two.as_ref(),
+    ]);
     let expected: Vec<InternalsRow> = printed.lines().map(|row| serde_json::from_str(row).expect("a row")).collect();
     assert_eq!(expected.len() as u64, STEPS);
     for kernel in [QuantKernel::Reference, QuantKernel::Fused] {

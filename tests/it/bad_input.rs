@@ -1,13 +1,11 @@
 //! Bad input: each gets one clear message that names the file, key or flag and what to do, the right exit
 //! status, and nothing is lost or half-written.
 
-mod common;
-
 use std::ffi::OsStr;
 use std::fs;
 
+use crate::common::cli::{Done, Running, Workspace};
 use bbt::checkpoint::{Value, torch_file};
-use common::cli::{Done, Running, Workspace};
 
 /// Status of what the command line or the configuration says wrongly.
 const USAGE: i32 = 2;
@@ -342,7 +340,7 @@ fn an_optimizer_state_that_is_missing_or_anothers() {
             of_one.retain(|(key, _)| key.as_str() == Some("step"));
         }
     });
-    let adamw8bit = common::Golden::open("bitbyte_tiny").dir.with_file_name("adamw8bit").join("ckpt.pt");
+    let adamw8bit = crate::common::Golden::open("bitbyte_tiny").dir.with_file_name("adamw8bit").join("ckpt.pt");
     fs::copy(adamw8bit, ws.path("adamw8bit.pt")).expect("copies");
     for (file, parts) in [
         ("weights.safetensors", &["optimizer state"][..]),
@@ -376,7 +374,7 @@ torch.save({"model": {}, "when": __import__("datetime").date(2020, 1, 1)}, "date
 torch.save({"model": {}}, "old.pt", _use_new_zipfile_serialization=False)
 "#;
     let dir = ws.path("");
-    common::python(&[OsStr::new("-c"), OsStr::new(script), dir.as_os_str()]);
+    crate::common::python(&[OsStr::new("-c"), OsStr::new(script), dir.as_os_str()]);
     for line in [RESUME, EVAL, "convert FILE out.safetensors", "inspect FILE"] {
         fails(&ws, &line.replace("FILE", "evil.pt"), FAILURE, &["evil.pt", "mkdir"]);
     }

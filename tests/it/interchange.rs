@@ -1,41 +1,13 @@
 //! Checkpoint files: both ways between bbt and Python torch, and what becomes of damaged ones.
 
-mod common;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bbt::checkpoint::{Dtype, Storage, TensorData, TrainingCheckpoint, Value, pickle, safetensors_file, torch_file};
 use proptest::prelude::*;
 
-/// Counts the largest single request, and all bytes that a thread asks for: a damaged file must not make a
-/// reader ask for much, at once or in many parts.
-struct Counting;
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-thread_local! {
-    static ASKED: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator as it is.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        ASKED.set(ASKED.get().saturating_add(layout.size()));
-        // SAFETY: the caller's promises are those of the system's allocator.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use crate::allocations;
 
 /// No reader of the files here has reason to ask for more at once.
 const MOST: usize = 16 << 20;
@@ -159,7 +131,7 @@ fn describe(value: &Value) -> serde_json::Value {
 }
 
 fn python(code: &str, path: &Path) -> String {
-    common::python(&["-c".as_ref(), format!("{DESCRIBE}\n{code}").as_ref(), path.as_os_str()])
+    crate::common::python(&["-c".as_ref(), format!("{DESCRIBE}\n{code}").as_ref(), path.as_os_str()])
 }
 
 #[test]
@@ -327,7 +299,7 @@ fn a_damaged_file_is_an_error_or_the_right_tensors() {
     let whole = std::fs::read(fixture("bitbyte_tiny/init.pt")).expect("init.pt");
     let mut random = Random(1);
     let mut refused = 0;
-    LARGEST.store(0, Ordering::Relaxed);
+    allocations::reset();
     for case in 0..4000 {
         let mut damaged = mutate(&whole, &mut random);
         if case % 2 == 0 {
@@ -348,7 +320,7 @@ fn a_damaged_file_is_an_error_or_the_right_tensors() {
         }
     }
     assert!(refused > 2000, "only {refused} were refused");
-    assert!(LARGEST.load(Ordering::Relaxed) < MOST, "a damaged file asked for {LARGEST:?} bytes");
+    assert!(allocations::largest() < MOST, "a damaged file asked for {} bytes", allocations::largest());
 }
 
 /// The file with another pickle, checksums and all right.
@@ -380,7 +352,7 @@ fn a_damaged_pickle_never_crashes_hangs_or_takes_much_memory() {
         bytes
     };
     let mut random = Random(2);
-    LARGEST.store(0, Ordering::Relaxed);
+    allocations::reset();
     let began = std::time::Instant::now();
     for _ in 0..500 {
         with_pickle(&original, &mutate(&pickled, &mut random), &path);
@@ -400,7 +372,7 @@ fn a_damaged_pickle_never_crashes_hangs_or_takes_much_memory() {
         let bytes: Vec<u8> = (0..length % 200).map(|_| random.below(256) as u8).collect();
         let _ = pickle::parse(&bytes, &mut load);
     }
-    assert!(LARGEST.load(Ordering::Relaxed) < MOST, "a damaged pickle asked for {LARGEST:?} bytes");
+    assert!(allocations::largest() < MOST, "a damaged pickle asked for {} bytes", allocations::largest());
     assert!(began.elapsed().as_secs() < 60, "it took {:?}", began.elapsed());
 }
 
@@ -444,9 +416,9 @@ fn a_value_used_again_and_again_is_not_copied_each_time() {
     for (what, setup, again) in setups {
         let again = again.replace("h0", "h\0").replace("h1", "h\x01").repeat(5000);
         let pickled = [&b"\x80\x02"[..], &setup, again.as_bytes(), b"N."].concat();
-        ASKED.set(0);
+        allocations::reset();
         let _ = pickle::parse(&pickled, &mut load);
-        let times = ASKED.get() / pickled.len();
+        let times = allocations::total() / pickled.len();
         assert!(times < 1000, "{what}: {} bytes of pickle asked for {times} times as many", pickled.len());
     }
 }

@@ -1,0 +1,25 @@
+//! The integration tests, in one program: each binary would link all of libtorch. `cargo test --test it NAME::` runs
+//! those of one file.
+
+mod adamw8bit;
+mod allocations;
+mod amp;
+mod bad_input;
+mod cli;
+mod common;
+mod cuda_kernels;
+mod distributed;
+mod golden_ops;
+mod golden_training;
+mod interchange;
+mod internals;
+mod kernels;
+mod launch;
+mod library;
+mod memory;
+mod original_rule;
+mod python_training;
+mod quality;
+mod resume;
+mod schedules;
+mod tensorboard;
