@@ -45,7 +45,8 @@ fn main() {
     let cuda = lib.join("libtorch_cuda.so").exists();
     match nccl_includes(root) {
         Some(includes) if cuda => {
-            build.define("BBT_NCCL", None).includes(includes);
+            build.define("BBT_NCCL", None);
+            includes.iter().for_each(|folder| system_include(&mut build, folder));
         }
         None if cuda => println!(
             "cargo:warning=NCCL's and CUDA's headers are not beside libtorch: this bbt trains on one GPU only. `make libtorch` installs them; for your own PyTorch: pip install nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*"
@@ -58,16 +59,15 @@ fn main() {
         .pic(true)
         // First: names of gloo, whose headers libtorch does not ship.
         .include(format!("{SHIM}/gloo_names"))
-        .include(&include)
-        .include(include.join("torch/csrc/api/include"))
         .include(embed_cuda_kernels())
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        // libtorch's own headers warn.
-        .warnings(false)
         // at::parallel_for is a template around OpenMP.
         .flag("-fopenmp")
-        .files(sources(SHIM))
-        .compile("bbt_shim");
+        .files(sources(SHIM));
+    system_include(&mut build, &include);
+    system_include(&mut build, &include.join("torch/csrc/api/include"));
+    warn(&mut build);
+    build.compile("bbt_shim");
     compile_cpu_kernels();
 
     println!("cargo:rustc-link-search=native={}", lib.display());
@@ -86,6 +86,19 @@ fn main() {
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed,-ltorch_cuda,--as-needed");
     }
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+}
+
+/// Headers of others, which warn of what is not ours to mend.
+fn system_include(build: &mut cc::Build, folder: &Path) {
+    build.flag("-isystem").flag(folder.to_str().expect("a path in UTF-8"));
+}
+
+/// Warnings for C++ of our own; errors where `BBT_WERROR` is set, as in `.ci/run`: another compiler's new warning must
+/// not keep a user from building.
+fn warn(build: &mut cc::Build) {
+    println!("cargo:rerun-if-env-changed=BBT_WERROR");
+    build.warnings(true).extra_warnings(true).flag("-Wmissing-declarations");
+    build.warnings_into_errors(env::var_os("BBT_WERROR").is_some());
 }
 
 /// The folders with the headers of NCCL and CUDA that PyPI's packages put beside the wheel's `torch`.
@@ -122,6 +135,7 @@ fn compile_cpu_kernels() {
         }
         let mut build = cc::Build::new();
         build.cpp(true).std("c++17").pic(true).opt_level(3).flag("-ffp-contract=fast");
+        warn(&mut build);
         for flag in flags.unwrap_or_default() {
             build.flag(flag);
         }

@@ -250,7 +250,8 @@ pub enum ActSte {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantKernel {
-    /// Kernels of our own, but where libtorch's operators are clearly faster for a layer's shape.
+    /// The fused kernels for each layer that they compute: ternary weights, int8 activations with the identity as
+    /// estimator, fully quantized. Else the reference. Nothing is timed, so every process of a run chooses alike.
     Auto,
     /// Kernels of our own: integer products, and what comes before them in one pass.
     Fused,

@@ -11,5 +11,5 @@ mod value;
 pub use convert::{WeightDtype, convert};
 pub use error::CheckpointError;
 pub(crate) use training_checkpoint::parameter_names;
-pub use training_checkpoint::{Contents, Progress, TrainingCheckpoint, load_model};
+pub use training_checkpoint::{Contents, Progress, TrainingCheckpoint, load_for_inference, load_model};
 pub use value::{Dtype, Storage, TensorData, Value};

@@ -570,6 +570,18 @@ pub fn load_model(path: &Path, device: Device) -> Result<(nn::VarStore, BitByteL
     Ok((vs, model))
 }
 
+/// The model of the checkpoint at `path` for inference alone, on `device`: each weight is held once, as what computes
+/// its layer reads it ([`BitByteLM::freeze`]).
+///
+/// # Errors
+/// As [`TrainingCheckpoint::open`].
+pub fn load_for_inference(path: &Path, device: Device) -> Result<BitByteLM, CheckpointError> {
+    // The store, which holds the trained weights, is gone before any is quantized.
+    let mut model = load_model(path, device)?.1;
+    model.freeze();
+    Ok(model)
+}
+
 /// A checkpoint of weights alone, from which a run can start (`--init`).
 pub(super) fn model_checkpoint(config: &Config, mut weights: BTreeMap<String, TensorData>) -> Value {
     let names = parameter_names(&config.model).into_iter();

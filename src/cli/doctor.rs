@@ -37,7 +37,7 @@ pub fn run(_: Args) -> anyhow::Result<()> {
             writeln!(out, "adamw8bit  on a GPU by bitsandbytes' {}", path.display())?
         }
         Ok(AdamW8bitKernel::Own(why)) => writeln!(out, "adamw8bit  on a GPU by bbt's own kernel: {why}")?,
-        Err(error) => writeln!(out, "adamw8bit  not on a GPU: {}", error.0)?,
+        Err(error) => writeln!(out, "adamw8bit  not on a GPU: {}", error.text())?,
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::ValueEnum;
 
-use crate::checkpoint::load_model;
+use crate::checkpoint::load_for_inference;
 use crate::config::{DeviceSpec, Precision};
 use crate::data;
 use crate::training::evaluation::{EvalOptions, evaluate, sample};
@@ -76,8 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let device = device(args.device)?;
     let set = data::open(&args.data).context("--data")?;
-    let (_vs, mut model) = load_model(&super::checkpoint(&args.ckpt)?, device)?;
-    model.freeze();
+    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
     let documents = sample(set.as_ref(), args.max_bytes);
     let total: u64 = documents.iter().map(|d| d.len() as u64 - 1).sum();
     if total == 0 {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use super::UsageError;
-use crate::checkpoint::load_model;
+use crate::checkpoint::load_for_inference;
 use crate::config::DeviceSpec;
 use crate::inference::{Generator, Sampling};
 use crate::utils::device::device;
@@ -73,8 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError("the prompt is empty: give at least one byte to continue".into()).into());
     }
     let device = device(args.device)?;
-    let (_vs, mut model) = load_model(&super::checkpoint(&args.ckpt)?, device)?;
-    model.freeze();
+    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
     let sampling = Sampling {
         temperature: args.temperature,
         top_k: args.top_k.map(|k| k as usize),

@@ -11,6 +11,7 @@ mod generate;
 mod inspect;
 mod launch;
 mod pack;
+mod panic;
 mod plot;
 mod progress;
 mod spelling;
@@ -27,7 +28,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::launch::{EnvError, LaunchError};
-use crate::libtorch::CpuKernels;
+use crate::libtorch::{self, CpuKernels};
 use crate::training::{RunDir, RunDirError};
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
@@ -85,13 +86,12 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     set_up_logging();
-    // libtorch's failures inside tch are panics: they end as an error message, not as a backtrace.
-    std::panic::set_hook(Box::new(|_| {}));
+    panic::note_places();
     let result = catch_unwind(AssertUnwindSafe(|| run(cli.command)));
     let error = match result {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) => error,
-        Err(panic) => anyhow::anyhow!(panic_message(panic.as_ref())),
+        Err(panic) => panic::error(panic.as_ref()),
     };
     // A reader of our output that has seen enough (`| head`) is no failure.
     if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_broken_pipe)) {
@@ -128,6 +128,11 @@ fn status(error: &anyhow::Error) -> u8 {
 /// What went wrong and why, down the chain of causes. Most of our errors tell their cause themselves, so what
 /// was said is not said again.
 fn describe(error: &anyhow::Error) -> String {
+    if let Some(libtorch::Error::OutOfMemory(how)) = error.chain().find_map(|cause| cause.downcast_ref()) {
+        return format!(
+            "out of memory: make train.batch_size, data.seq_len or the model smaller, or set train.checkpointing ({how})"
+        );
+    }
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {
@@ -148,23 +153,6 @@ fn is_broken_pipe(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("unknown failure");
-    // The first line says what; libtorch's C++ frames follow it.
-    let text = text.replace("\\n", "\n");
-    let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("unknown failure").to_string();
-    if first.contains("out of memory") || first.contains("can't allocate memory") {
-        return format!(
-            "out of memory: make train.batch_size, data.seq_len or the model smaller, or set train.checkpointing ({first})"
-        );
-    }
-    format!("internal failure, please report it: {first}")
-}
-
 fn set_up_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("BBT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
@@ -177,7 +165,7 @@ fn set_up_logging() {
 
 fn run(command: Command) -> anyhow::Result<()> {
     // Where BBT_CPU_KERNELS asks for kernels that are not there.
-    CpuKernels::chosen().map_err(|error| UsageError(error.0))?;
+    CpuKernels::chosen().map_err(|error| UsageError(error.text().into()))?;
     match command {
         Command::Train(args) => train::run(*args),
         Command::Launch(args) => launch::run(args),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 
 use super::UsageError;
 use super::config::ConfigArgs;
@@ -79,7 +79,7 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
             return Ok(());
         }
         Ok(Err(error)) => error,
-        Err(panic) => anyhow!(super::panic_message(panic.as_ref())),
+        Err(panic) => super::panic::error(panic.as_ref()),
     };
     let lost = error.downcast_ref().is_some_and(TrainError::is_lost_rank);
     if let Verdict::Tell(message) = ddp.fail(super::describe(&error), lost) {

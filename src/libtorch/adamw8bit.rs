@@ -146,7 +146,7 @@ fn adamw8bit_with(
 ) -> Result<(), Error> {
     let n = params.len();
     if [grads.len(), moments.len(), steps.len()] != [n; 3] {
-        return Err(Error("adamw8bit needs lists of one length".into()));
+        return Err(Error::Other("adamw8bit needs lists of one length".into()));
     }
     let _no_grad = tch::no_grad_guard();
     let tensors = |which: usize, tensor: fn(&Moment8bit) -> &Tensor| -> Vec<_> {
@@ -161,7 +161,7 @@ fn adamw8bit_with(
     // operation on a libtorch handle does.
     ffi::check(unsafe {
         ffi::bbt_adamw8bit(
-            kernels.number(),
+            kernels,
             p.as_ptr(),
             g.as_ptr(),
             codes1.as_ptr(),
@@ -186,12 +186,14 @@ fn adamw8bit_with(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::libtorch::cpu_kernels::tests::runnable;
+    use crate::libtorch::random::{self, rand, randn};
 
     const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     /// Values as dense as those of bitsandbytes, but drawn anew: at least half a percent apart.
     fn book(signed: bool) -> CodeBook {
-        let logs = Tensor::rand([127], CPU) * 0.04 + 0.06;
+        let logs = rand(&[127]) * 0.04 + 0.06;
         let magnitudes = Vec::<f32>::try_from((-logs.cumsum(0, Kind::Float)).exp()).unwrap();
         let negative = magnitudes.iter().map(|m| -m);
         let mut values: Vec<f32> = match signed {
@@ -204,9 +206,10 @@ mod tests {
 
     #[test]
     fn quantizing_finds_the_nearest_value() {
+        random::seed();
         for signed in [true, false] {
             let book = book(signed);
-            let x = Tensor::randn([3, 301], CPU) * (Tensor::randn([3, 301], CPU) * 4.0).exp();
+            let x = randn(&[3, 301]) * (randn(&[3, 301]) * 4.0).exp();
             let x = if signed { x } else { x.abs() };
             let moment = book.quantize(&x);
             assert_eq!((moment.codes.size(), moment.absmax.size()), (vec![3, 301], vec![4]));
@@ -246,16 +249,17 @@ mod tests {
 
     #[test]
     fn every_instruction_sets_step_is_that_in_fp64() {
+        random::seed();
         let books = [&book(true), &book(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
-        for kernels in CpuKernels::ALL.into_iter().filter(|k| k.runs_here()) {
+        for kernels in runnable() {
             // Whole blocks and rests, more than one task.
             for size in [&[1][..], &[255], &[256], &[3, 257], &[40, 512], &[65, 1023]] {
-                let p = Tensor::randn(size, CPU).set_requires_grad(true);
+                let p = randn(size).set_requires_grad(true);
                 let moments = [Moment8bit::zeros(size, Device::Cpu), Moment8bit::zeros(size, Device::Cpu)];
                 let step = Tensor::zeros([], CPU);
                 for t in 1..5 {
-                    let g = Tensor::randn(size, CPU) * (Tensor::randn(size, CPU) * 2.0).exp();
+                    let g = randn(size) * (randn(size) * 2.0).exp();
                     let moments = [&moments[0], &moments[1]];
                     let expected = reference(&p, &g, moments, books, t, s);
                     let (params, steps) = ([p.shallow_clone()], [step.shallow_clone()]);
@@ -313,11 +317,12 @@ mod tests {
 
     #[test]
     fn looking_up_bytes_changes_no_bit() {
-        let kernels = || CpuKernels::ALL.into_iter().filter(|k| *k >= CpuKernels::Avx512 && k.runs_here());
+        random::seed();
+        let kernels = || runnable().filter(|kernels| *kernels >= CpuKernels::Avx512);
         let books = [&decades(true), &decades(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         for size in [&[1][..], &[256], &[700], &[90, 1024]] {
-            let start = Tensor::randn(size, CPU);
+            let start = randn(size);
             let state = |kernels| {
                 let moments = [Moment8bit::zeros(size, Device::Cpu), Moment8bit::zeros(size, Device::Cpu)];
                 (kernels, start.copy().set_requires_grad(true), moments, Tensor::zeros([], CPU))
@@ -325,8 +330,8 @@ mod tests {
             let all: Vec<_> = kernels().map(state).collect();
             for t in 0..6 {
                 // Magnitudes from far below the smallest value to the largest; zeros; both signs.
-                let g = Tensor::randn(size, CPU) * (Tensor::randn(size, CPU) * f64::from(t)).exp();
-                let g = g.where_self(&Tensor::rand(size, CPU).gt(0.1), &g.zeros_like());
+                let g = randn(size) * (randn(size) * f64::from(t)).exp();
+                let g = g.where_self(&rand(size).gt(0.1), &g.zeros_like());
                 for (kernels, p, moments, step) in &all {
                     let (p, g, step) = ([p.shallow_clone()], [g.shallow_clone()], [step.shallow_clone()]);
                     let moments = [[&moments[0], &moments[1]]];
@@ -346,6 +351,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
+        random::seed();
         let books = [&book(true), &book(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         let zeros = |n: i64| Tensor::zeros([n], CPU);

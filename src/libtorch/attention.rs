@@ -30,13 +30,13 @@ fn causal_attention_with(kernels: CpuKernels, q: &Tensor, k: &Tensor, v: &Tensor
     // SAFETY: three live tensors of the devices, dtypes and shapes that the kernels expect, and room for one pointer
     // to a new tensor, which we own. This CPU runs `kernels`.
     unsafe {
-        ffi::check(ffi::bbt_causal_attention(kernels.number(), q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_causal_attention(kernels, q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(), Error> {
-    let fail = |what: String| Err(Error(format!("causal attention: {what}")));
+    let fail = |what: String| Err(Error::Other(format!("causal attention: {what}")));
     let all = [q, k, v];
     if let Some(other) = all.iter().find(|x| x.device() != Device::Cpu) {
         return fail(format!("a tensor is on {:?}; on the CPU only", other.device()));
@@ -63,6 +63,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::libtorch::random;
     use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward};
 
     /// q, k, v and the gradient of the output, as views of [B, T, H, D].
@@ -85,7 +86,7 @@ mod tests {
     impl Inputs {
         fn random(shape: Shape, kind: Kind) -> Self {
             let Shape { b, h, kv, t, d } = shape;
-            let new = |heads| Tensor::randn([b, t, heads, d], (Kind::Float, Device::Cpu)).to_kind(kind).transpose(1, 2);
+            let new = |heads| random::randn(&[b, t, heads, d]).to_kind(kind).transpose(1, 2);
             Self { q: new(h), k: new(kv), v: new(kv), dout: new(h) }
         }
 
@@ -118,7 +119,7 @@ mod tests {
     }
 
     fn kernels() -> impl Iterator<Item = CpuKernels> {
-        CpuKernels::ALL.into_iter().filter(|kernels| kernels.runs_here())
+        crate::libtorch::cpu_kernels::tests::runnable()
     }
 
     /// The norm of the difference, relative to that of what is expected.
@@ -154,6 +155,7 @@ mod tests {
 
     #[test]
     fn fp32_is_the_formula_to_rounding() {
+        random::seed();
         for shape in shapes() {
             let inputs = Inputs::random(shape, Kind::Float);
             let expected = inputs.exact();
@@ -174,6 +176,7 @@ mod tests {
 
     #[test]
     fn bf16_is_as_close_as_libtorch() {
+        random::seed();
         for shape in shapes().into_iter().filter(|shape| shape.t > 1) {
             let inputs = Inputs::random(shape, Kind::BFloat16);
             let expected = inputs.exact();
@@ -196,6 +199,7 @@ mod tests {
 
     #[test]
     fn any_strides() {
+        random::seed();
         let shape = Shape { b: 2, h: 4, kv: 2, t: 70, d: 32 };
         let inputs = Inputs::random(shape, Kind::Float);
         let run = |inputs: &Inputs, layout: fn(&Tensor) -> Tensor| {
@@ -221,6 +225,7 @@ mod tests {
 
     #[test]
     fn the_result_lies_as_batch_time_heads() {
+        random::seed();
         let inputs = Inputs::random(Shape { b: 2, h: 3, kv: 3, t: 10, d: 16 }, Kind::Float);
         let q = inputs.q.detach().set_requires_grad(true);
         let out = causal_attention(&q, &inputs.k, &inputs.v).unwrap();
@@ -230,6 +235,7 @@ mod tests {
 
     #[test]
     fn large_scores_stay_finite() {
+        random::seed();
         let shape = Shape { b: 1, h: 2, kv: 2, t: 130, d: 64 };
         for (kind, size) in [(Kind::Float, 1e3), (Kind::Float, 1e15), (Kind::BFloat16, 1e3), (Kind::BFloat16, 1e15)] {
             let inputs = Inputs::random(shape, kind);
@@ -246,6 +252,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_number_does_not_get_lost() {
+        random::seed();
         let inputs = Inputs::random(Shape { b: 1, h: 1, kv: 1, t: 70, d: 32 }, Kind::Float);
         let _ = inputs.k.get(0).get(0).get(5).fill_(f64::NAN);
         for kernels in kernels() {
@@ -258,6 +265,7 @@ mod tests {
 
     #[test]
     fn the_same_bits_with_any_number_of_threads() {
+        random::seed();
         // Fewer heads than tasks, as many, and more.
         let shapes = [(1, 1, 1, 300), (1, 6, 2, 200), (4, 6, 6, 130), (5, 6, 6, 65)];
         let threads = tch::get_num_threads();
@@ -278,6 +286,7 @@ mod tests {
 
     #[test]
     fn inside_recomputation_and_autocast() {
+        random::seed();
         let inputs = Inputs::random(Shape { b: 2, h: 2, kv: 2, t: 70, d: 32 }, Kind::BFloat16);
         let plain = inputs.run(Kind::BFloat16, |q, k, v| causal_attention(q, k, v).unwrap());
         let recomputed = inputs.run(Kind::BFloat16, |q, k, v| {
@@ -292,6 +301,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
+        random::seed();
         let new = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
         let q = new(&[1, 4, 8, 16], Kind::Float);
         for k in [new(&[1, 3, 8, 16], Kind::Float), new(&[1, 4, 9, 16], Kind::Float), new(&[4, 8, 16], Kind::Float)] {

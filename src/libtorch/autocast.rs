@@ -1,7 +1,5 @@
 //! Autocast on CPU and CUDA, as `torch.autocast(device, dtype)`.
 
-use std::ffi::c_int;
-
 use tch::{Device, Kind};
 
 use super::{Error, ffi};
@@ -17,29 +15,28 @@ pub enum AutocastDtype {
 
 /// What autocast computes products in on this thread, where it is on for `device`: float16 or bfloat16.
 pub fn autocast_kind(device: Device) -> Option<Kind> {
-    let mut dtype = -1;
-    // SAFETY: a plain integer, and room for another.
-    let asked = number(device).and_then(|device| ffi::check(unsafe { ffi::bbt_autocast_dtype(device, &mut dtype) }));
+    let mut dtype = ffi::Dtype::Float;
+    // SAFETY: room for a dtype, in which the shim writes one.
+    let asked = kind_of(device).and_then(|device| ffi::check(unsafe { ffi::bbt_autocast_dtype(device, &mut dtype) }));
     match (asked, dtype) {
-        (Ok(()), 0) => Some(Kind::Half),
-        (Ok(()), 1) => Some(Kind::BFloat16),
+        (Ok(()), ffi::Dtype::Half) => Some(Kind::Half),
+        (Ok(()), ffi::Dtype::BFloat16) => Some(Kind::BFloat16),
         _ => None,
     }
 }
 
-/// As the shim numbers devices.
-fn number(device: Device) -> Result<c_int, Error> {
+fn kind_of(device: Device) -> Result<ffi::DeviceType, Error> {
     match device {
-        Device::Cpu => Ok(0),
-        Device::Cuda(_) => Ok(1),
-        other => Err(Error(format!("no autocast on device {other:?}"))),
+        Device::Cpu => Ok(ffi::DeviceType::Cpu),
+        Device::Cuda(_) => Ok(ffi::DeviceType::Cuda),
+        other => Err(Error::Other(format!("no autocast on device {other:?}"))),
     }
 }
 
 /// Autocast is on from [`Autocast::enter`] until this is dropped. Regions do not nest, and belong to
 /// the thread that entered them.
 pub struct Autocast {
-    device: c_int,
+    device: ffi::DeviceType,
     // Autocast is a property of a thread: the guard stays on the one that entered.
     _thread: std::marker::PhantomData<*const ()>,
 }
@@ -50,12 +47,12 @@ impl Autocast {
     /// # Errors
     /// A device that is neither CPU nor CUDA, or libtorch's own error.
     pub fn enter(device: Device, dtype: AutocastDtype) -> Result<Self, Error> {
-        let device = number(device)?;
+        let device = kind_of(device)?;
         let dtype = match dtype {
-            AutocastDtype::Half => 0,
-            AutocastDtype::BFloat16 => 1,
+            AutocastDtype::Half => ffi::Dtype::Half,
+            AutocastDtype::BFloat16 => ffi::Dtype::BFloat16,
         };
-        // SAFETY: plain integers in the ranges that the shim documents.
+        // SAFETY: a device and a dtype that the shim takes.
         ffi::check(unsafe { ffi::bbt_autocast_enter(device, dtype) })?;
         Ok(Self { device, _thread: std::marker::PhantomData })
     }

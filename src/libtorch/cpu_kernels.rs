@@ -1,6 +1,5 @@
 //! Which of the CPU kernels (`kernels/cpu/`) this machine runs.
 
-use std::ffi::c_int;
 use std::sync::OnceLock;
 
 use super::Error;
@@ -8,8 +7,10 @@ use super::Error;
 /// Environment variable that asks for other kernels than the best, to compare them.
 pub const VARIABLE: &str = "BBT_CPU_KERNELS";
 
-/// An instruction set that kernels are compiled for. Each includes those before it.
+/// An instruction set that kernels are compiled for. Each includes those before it. Its number is that of
+/// `shim/numbers.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(i32)]
 pub enum CpuKernels {
     /// What every CPU has.
     Portable,
@@ -40,7 +41,7 @@ impl CpuKernels {
             None => Ok(Self::best()),
             Some(name) => Self::named(&name.to_string_lossy()),
         });
-        chosen.clone().map_err(Error)
+        chosen.clone().map_err(Error::Other)
     }
 
     /// The best that this CPU runs.
@@ -92,16 +93,29 @@ impl CpuKernels {
     pub fn runs_here(self) -> bool {
         self == Self::Portable
     }
-
-    /// Its number in `shim.h`.
-    pub(super) fn number(self) -> c_int {
-        self as c_int
-    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use std::io::Write;
+    use std::sync::Once;
+
+    /// The instruction sets that tests can compare here. Said once, past the test runner, which hides what tests print:
+    /// a set that this CPU has not is not tested.
+    pub fn runnable() -> impl Iterator<Item = CpuKernels> {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            let names = |here: bool| {
+                let names: Vec<_> =
+                    CpuKernels::ALL.iter().filter(|k| k.runs_here() == here).map(|k| k.name()).collect();
+                if names.is_empty() { "none".into() } else { names.join(", ") }
+            };
+            let said = format!("CPU kernels tested: {}; not run, this CPU has not: {}\n", names(true), names(false));
+            std::io::stderr().write_all(said.as_bytes()).expect("stderr");
+        });
+        CpuKernels::ALL.into_iter().filter(|kernels| kernels.runs_here())
+    }
 
     #[test]
     fn names_are_those_of_the_variable() {

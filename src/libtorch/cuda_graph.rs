@@ -25,7 +25,8 @@ impl CudaGraph {
         ffi::check(unsafe { ffi::bbt_cuda_graph_begin(device as c_int, &mut graph) })?;
         // From here on dropped in any case, which ends a recording that is still under way.
         let graph = Self(graph);
-        let made = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error(message(panic.as_ref()))))?;
+        let made =
+            catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::from_panic(panic.as_ref())))?;
         // SAFETY: the shim's live object, which is recording.
         ffi::check(unsafe { ffi::bbt_cuda_graph_end(graph.0) })?;
         Ok((graph, made))
@@ -46,10 +47,4 @@ impl Drop for CudaGraph {
         // SAFETY: made by `capture`, freed once.
         unsafe { ffi::bbt_cuda_graph_free(self.0) }
     }
-}
-
-/// What tch panicked with.
-fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("a panic without a message").lines().next().unwrap_or_default().to_string()
 }

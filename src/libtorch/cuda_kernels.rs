@@ -14,7 +14,7 @@ use super::{Error, ffi};
 /// NVRTC is missing (a libtorch without CUDA), or does not know the architecture; its log where a kernel does not
 /// compile. A cache that cannot be read or written is not an error.
 pub fn compile_cuda_kernels(architecture: &str, cache: &Path) -> Result<usize, Error> {
-    let text = |bytes: &[u8]| CString::new(bytes).map_err(|error| Error(error.to_string()));
+    let text = |bytes: &[u8]| CString::new(bytes).map_err(|error| Error::new(error.to_string()));
     let (architecture, cache) = (text(architecture.as_bytes())?, text(cache.as_os_str().as_bytes())?);
     let mut bytes = 0;
     // SAFETY: two NUL-terminated strings that live through the call, and a place for one number.
@@ -28,9 +28,9 @@ pub fn compile_cuda_kernels(architecture: &str, cache: &Path) -> Result<usize, E
 /// The driver's own, where it or the device is absent.
 pub fn cuda_name(index: usize) -> Result<String, Error> {
     let mut name = [0; 256];
-    let index = i32::try_from(index).map_err(|_| Error(format!("no CUDA device {index}")))?;
+    let index = i32::try_from(index).map_err(|_| Error::Other(format!("no CUDA device {index}")))?;
     // SAFETY: room for so many bytes, into which a NUL-terminated string is written.
     ffi::check(unsafe { ffi::bbt_cuda_name(index, name.as_mut_ptr().cast(), name.len() as i32) })?;
-    let name = CStr::from_bytes_until_nul(&name).map_err(|error| Error(error.to_string()))?;
+    let name = CStr::from_bytes_until_nul(&name).map_err(|error| Error::new(error.to_string()))?;
     Ok(name.to_string_lossy().into_owned())
 }

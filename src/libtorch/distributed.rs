@@ -17,7 +17,7 @@ fn millis(time: Duration) -> i64 {
 }
 
 fn c_string(text: &str) -> Result<CString, Error> {
-    CString::new(text).map_err(|_| Error(format!("`{text}` holds a NUL byte")))
+    CString::new(text).map_err(|_| Error::Other(format!("`{text}` holds a NUL byte")))
 }
 
 /// A handle of the shim, dropped once by `free`.

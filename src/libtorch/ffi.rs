@@ -1,4 +1,5 @@
-//! The C interface of `shim/shim.h`, and how its messages become [`Error`]s.
+//! The C interface of `shim/shim.h`, and how its messages become [`Error`]s. `tests/it/shim.rs` compiles the
+//! declarations of both files against each other.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -6,6 +7,33 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::Error;
+use super::cpu_kernels::CpuKernels;
+
+/// Kinds of devices, as in `shim/numbers.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum DeviceType {
+    Cpu,
+    Cuda,
+}
+
+/// Dtypes that kernels compute in, as in `shim/numbers.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Dtype {
+    Float,
+    BFloat16,
+    Half,
+}
+
+/// What precedes the quantization of a layer's input, as in `shim/numbers.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Prologue {
+    None,
+    RmsNorm,
+    SwiGlu,
+}
 
 pub type Recompute =
     unsafe extern "C" fn(closure: *mut c_void, input: *mut C_tensor, output: *mut *mut C_tensor) -> *mut c_char;
@@ -13,9 +41,9 @@ pub type Drop = unsafe extern "C" fn(closure: *mut c_void);
 
 unsafe extern "C" {
     pub fn bbt_free_message(text: *mut c_char);
-    pub fn bbt_autocast_enter(device: c_int, dtype: c_int) -> *mut c_char;
-    pub fn bbt_autocast_exit(device: c_int) -> *mut c_char;
-    pub fn bbt_autocast_dtype(device: c_int, dtype: *mut c_int) -> *mut c_char;
+    pub fn bbt_autocast_enter(device: DeviceType, dtype: Dtype) -> *mut c_char;
+    pub fn bbt_autocast_exit(device: DeviceType) -> *mut c_char;
+    pub fn bbt_autocast_dtype(device: DeviceType, dtype: *mut Dtype) -> *mut c_char;
     pub fn bbt_recompute_in_backward(
         call: Recompute,
         drop: Drop,
@@ -24,41 +52,42 @@ unsafe extern "C" {
         output: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_causal_attention(
-        isa: c_int,
+        kernels: CpuKernels,
         q: *const C_tensor,
         k: *const C_tensor,
         v: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_ternary_weight(
-        isa: c_int,
+        kernels: CpuKernels,
         w: *const C_tensor,
         codes: *mut *mut C_tensor,
         gamma: *mut *mut C_tensor,
         packed: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_bit_linear(
-        isa: c_int,
+        kernels: CpuKernels,
         x: *const C_tensor,
-        prologue: c_int,
+        prologue: Prologue,
         norm_weight: *const C_tensor,
         eps: f64,
         weights: *const *const C_tensor,
+        outs: *const i64,
         n: usize,
         clipped: c_int,
-        dtype: c_int,
+        dtype: Dtype,
         outputs: *mut *mut C_tensor,
         scales: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_rope(
-        isa: c_int,
+        kernels: CpuKernels,
         x: *const C_tensor,
         cos: *const C_tensor,
         sin: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_cross_entropy_mean(
-        isa: c_int,
+        kernels: CpuKernels,
         logits: *const C_tensor,
         targets: *const C_tensor,
         out: *mut *mut C_tensor,
@@ -96,7 +125,7 @@ unsafe extern "C" {
         inverse_scale: *const C_tensor,
     ) -> *mut c_char;
     pub fn bbt_adamw8bit(
-        isa: c_int,
+        kernels: CpuKernels,
         params: *const *const C_tensor,
         grads: *const *const C_tensor,
         codes1: *const *const C_tensor,
@@ -178,7 +207,7 @@ unsafe extern "C" {
 
 /// Turns what a shim function returned into a result.
 pub fn check(message: *mut c_char) -> Result<(), Error> {
-    self::message(message).map_or(Ok(()), |text| Err(Error(text)))
+    self::message(message).map_or(Ok(()), |text| Err(Error::new(text)))
 }
 
 /// A text of the shim's, which is freed; none where it is null.

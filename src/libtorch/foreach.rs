@@ -36,7 +36,7 @@ pub fn fused_adamw(
 ) -> Result<(), Error> {
     let n = params.len();
     if [grads.len(), exp_avgs.len(), exp_avg_sqs.len(), steps.len()] != [n; 4] {
-        return Err(Error("fused_adamw needs lists of one length".into()));
+        return Err(Error::Other("fused_adamw needs lists of one length".into()));
     }
     // libtorch refuses empty lists, here and below; a rank may have no part of the parameters.
     if n == 0 {

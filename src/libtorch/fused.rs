@@ -17,8 +17,10 @@ use super::{Error, ffi};
 /// 2402.17764, equations 1–3). It does not follow later changes of the weight.
 #[derive(Debug)]
 pub struct TernaryWeight {
-    /// `[out, in]` int8
-    codes: Tensor,
+    /// Its size.
+    size: [i64; 2],
+    /// `[out, in]` int8. None where only products are wanted, and `packed` is there for them.
+    codes: Option<Tensor>,
     /// `[]` fp32
     gamma: Tensor,
     /// The codes once more, in the order that the device's product reads them in.
@@ -36,25 +38,32 @@ impl TernaryWeight {
 
     fn with(kernels: CpuKernels, w: &Tensor) -> Result<Self, Error> {
         if w.kind() != Kind::Float || w.dim() != 2 || w.numel() == 0 {
-            return Err(Error(format!("ternary weight: {:?} {:?} is not [out, in] Float", w.kind(), w.size())));
+            return Err(Error::Other(format!("ternary weight: {:?} {:?} is not [out, in] Float", w.kind(), w.size())));
         }
         let [mut codes, mut gamma, mut packed] = [ptr::null_mut(); 3];
         // SAFETY: a live tensor of the dtype and shape that the kernels expect, and room for three pointers to new
         // tensors, which we own; the last may stay null. This CPU runs `kernels`.
         unsafe {
-            let isa = kernels.number();
+            let isa = kernels;
             ffi::check(ffi::bbt_ternary_weight(isa, w.as_ptr(), &mut codes, &mut gamma, &mut packed))?;
             Ok(Self {
-                codes: Tensor::from_ptr(codes),
+                size: [w.size()[0], w.size()[1]],
+                codes: Some(Tensor::from_ptr(codes)),
                 gamma: Tensor::from_ptr(gamma),
                 packed: (!packed.is_null()).then(|| Tensor::from_ptr(packed)),
             })
         }
     }
 
-    /// -1, 0 and 1: `[out, in]` int8.
-    pub fn codes(&self) -> &Tensor {
-        &self.codes
+    /// Without the codes where products do not read them: half the memory. There is no backward then.
+    pub fn for_inference(self) -> Self {
+        let codes = if self.packed.is_some() { None } else { self.codes };
+        Self { codes, ..self }
+    }
+
+    /// -1, 0 and 1: `[out, in]` int8. None after [`TernaryWeight::for_inference`].
+    pub fn codes(&self) -> Option<&Tensor> {
+        self.codes.as_ref()
     }
 
     /// mean|w|, at least 1e-8: `[]` fp32.
@@ -65,7 +74,8 @@ impl TernaryWeight {
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         Self {
-            codes: self.codes.shallow_clone(),
+            size: self.size,
+            codes: self.codes.as_ref().map(Tensor::shallow_clone),
             gamma: self.gamma.shallow_clone(),
             packed: self.packed.as_ref().map(Tensor::shallow_clone),
         }
@@ -116,14 +126,15 @@ pub fn bit_linear(
 }
 
 /// [`bit_linear`], and the scales of the activations, which it has anyway: `[N]` fp32 for the N tokens, in order, without
-/// a gradient; 127 times a scale is the largest absolute value of its row, at least 1e-8, after the prologue.
+/// a gradient; 127 times a scale is the largest absolute value of its row, at least 1e-8, after the prologue. A weight
+/// without the tensor that gets the gradient is for inference.
 ///
 /// # Errors
-/// As [`bit_linear`].
+/// As [`bit_linear`]; a gradient that is wanted of `x` where a weight is for inference.
 pub fn bit_linear_and_scales(
     x: &Tensor,
     prologue: Prologue,
-    weights: &[(&Tensor, &TernaryWeight)],
+    weights: &[(Option<&Tensor>, &TernaryWeight)],
     clipped: bool,
     kind: Kind,
 ) -> Result<(Vec<Tensor>, Tensor), Error> {
@@ -138,47 +149,51 @@ fn bit_linear_with(
     clipped: bool,
     kind: Kind,
 ) -> Result<Vec<Tensor>, Error> {
-    Ok(all_of_bit_linear(kernels, x, prologue, weights, clipped, kind)?.0)
+    let weights: Vec<_> = weights.iter().map(|&(weight, ternary)| (Some(weight), ternary)).collect();
+    Ok(all_of_bit_linear(kernels, x, prologue, &weights, clipped, kind)?.0)
 }
 
 fn all_of_bit_linear(
     kernels: CpuKernels,
     x: &Tensor,
     prologue: Prologue,
-    weights: &[(&Tensor, &TernaryWeight)],
+    weights: &[(Option<&Tensor>, &TernaryWeight)],
     clipped: bool,
     kind: Kind,
 ) -> Result<(Vec<Tensor>, Tensor), Error> {
     check_bit_linear(x, prologue, weights, kind)?;
-    let (number, norm_weight, eps) = match prologue {
-        Prologue::None => (0, ptr::null(), 0.0),
-        Prologue::RmsNorm { weight, eps } => (1, weight.as_ptr(), eps),
-        Prologue::SwiGlu => (2, ptr::null(), 0.0),
+    let (before, norm_weight, eps) = match prologue {
+        Prologue::None => (ffi::Prologue::None, ptr::null(), 0.0),
+        Prologue::RmsNorm { weight, eps } => (ffi::Prologue::RmsNorm, weight.as_ptr(), eps),
+        Prologue::SwiGlu => (ffi::Prologue::SwiGlu, ptr::null(), 0.0),
     };
     let dtype = match kind {
-        Kind::Half => 2,
-        Kind::BFloat16 => 1,
-        _ => 0,
+        Kind::Half => ffi::Dtype::Half,
+        Kind::BFloat16 => ffi::Dtype::BFloat16,
+        _ => ffi::Dtype::Float,
     };
+    let or_null = |tensor: Option<&Tensor>| tensor.map_or(ptr::null(), |tensor| tensor.as_ptr());
     let tensors: Vec<_> = weights
         .iter()
         .flat_map(|(weight, ternary)| {
-            let packed = ternary.packed.as_ref().map_or(ptr::null(), |packed| packed.as_ptr());
-            [weight.as_ptr(), ternary.codes.as_ptr(), ternary.gamma.as_ptr(), packed]
+            let (codes, packed) = (ternary.codes.as_ref(), ternary.packed.as_ref());
+            [or_null(*weight), or_null(codes), ternary.gamma.as_ptr(), or_null(packed)]
         })
         .collect();
+    let outs: Vec<i64> = weights.iter().map(|(_, ternary)| ternary.size[0]).collect();
     let mut outputs = vec![ptr::null_mut(); weights.len()];
     let mut scales = ptr::null_mut();
-    // SAFETY: live tensors of one device, of the dtypes and shapes that the kernels expect, four to a weight, and room
-    // for a pointer to a new tensor each and to one more, which we own. This CPU runs `kernels`.
+    // SAFETY: live tensors of one device, of the dtypes and shapes that the kernels expect, four to a weight, of which
+    // some may be null where there is no backward, and a number to each. Room for a pointer to a new tensor each and to one more, which we own. This CPU runs `kernels`.
     unsafe {
         ffi::check(ffi::bbt_bit_linear(
-            kernels.number(),
+            kernels,
             x.as_ptr(),
-            number,
+            before,
             norm_weight,
             eps,
             tensors.as_ptr(),
+            outs.as_ptr(),
             weights.len(),
             c_int::from(clipped),
             dtype,
@@ -192,10 +207,10 @@ fn all_of_bit_linear(
 fn check_bit_linear(
     x: &Tensor,
     prologue: Prologue,
-    weights: &[(&Tensor, &TernaryWeight)],
+    weights: &[(Option<&Tensor>, &TernaryWeight)],
     kind: Kind,
 ) -> Result<(), Error> {
-    let fail = |what: String| Err(Error(format!("bit linear: {what}")));
+    let fail = |what: String| Err(Error::Other(format!("bit linear: {what}")));
     check_kinds("bit linear", [x.kind(), kind])?;
     if weights.is_empty() {
         return fail("no weights".into());
@@ -203,17 +218,18 @@ fn check_bit_linear(
     let device = x.device();
     let halves = if matches!(prologue, Prologue::SwiGlu) { 2 } else { 1 };
     for (weight, ternary) in weights {
-        let size = weight.size();
-        let fits = weight.kind() == Kind::Float
-            && size.len() == 2
-            && x.size().last().is_some_and(|&width| width == halves * size[1]);
-        if !fits {
-            return fail(format!("x {:?} and {:?} weight {size:?} do not fit", x.size(), weight.kind()));
+        let size = ternary.size;
+        if x.size().last().is_none_or(|&width| width != halves * size[1]) {
+            return fail(format!("x {:?} and weight {size:?} do not fit", x.size()));
         }
-        if ternary.codes.size() != size {
-            return fail(format!("a ternary weight {:?} is not that of {size:?}", ternary.codes.size()));
+        let (kind, own) = weight.map_or((Kind::Float, size.to_vec()), |weight| (weight.kind(), weight.size()));
+        if kind != Kind::Float || own != size {
+            return fail(format!("a ternary weight {size:?} is not that of {kind:?} {own:?}"));
         }
-        if weight.device() != device || ternary.codes.device() != device {
+        if weight.is_some() && ternary.codes.is_none() {
+            return fail("a ternary weight that is for inference has no backward".into());
+        }
+        if weight.is_some_and(|weight| weight.device() != device) || ternary.gamma.device() != device {
             return fail(format!("a weight is not on x's device, {device:?}"));
         }
     }
@@ -228,7 +244,7 @@ fn check_bit_linear(
 
 fn check_kinds(what: &str, kinds: impl IntoIterator<Item = Kind>) -> Result<(), Error> {
     match kinds.into_iter().find(|kind| !matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half)) {
-        Some(kind) => Err(Error(format!("{what}: dtype {kind:?} is none of Float, BFloat16 and Half"))),
+        Some(kind) => Err(Error::Other(format!("{what}: dtype {kind:?} is none of Float, BFloat16 and Half"))),
         None => Ok(()),
     }
 }
@@ -256,7 +272,7 @@ fn rope_with(kernels: CpuKernels, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Res
     };
     if size.len() != 4 || size[3] % 2 != 0 || !fits(cos) || !fits(sin) {
         let tables = [cos, sin].map(|table| (table.kind(), table.device(), table.size()));
-        return Err(Error(format!(
+        return Err(Error::Other(format!(
             "rope: x {size:?} on {:?} and the tables {tables:?} are not [B, T, H, D] and twice [T, D / 2] Float",
             x.device()
         )));
@@ -266,7 +282,7 @@ fn rope_with(kernels: CpuKernels, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Res
     // SAFETY: three live tensors of one device and of the dtypes and shapes that the kernels expect, and room for one
     // pointer to a new tensor, which we own. This CPU runs `kernels`.
     unsafe {
-        ffi::check(ffi::bbt_rope(kernels.number(), x.as_ptr(), cos.as_ptr(), sin.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_rope(kernels, x.as_ptr(), cos.as_ptr(), sin.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -293,7 +309,7 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
         && targets.kind() == Kind::Int64
         && targets.device() == logits.device();
     if !fits {
-        return Err(Error(format!(
+        return Err(Error::Other(format!(
             "cross entropy: logits {size:?} and {:?} targets {targets_size:?} are not [..., V] and [...] Int64 on one \
              device",
             targets.kind()
@@ -303,7 +319,7 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
     // SAFETY: two live tensors of one device and of the dtypes and shapes that the kernels expect, and room for one
     // pointer to a new tensor, which we own. This CPU runs `kernels`.
     unsafe {
-        ffi::check(ffi::bbt_cross_entropy_mean(kernels.number(), logits.as_ptr(), targets.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_cross_entropy_mean(kernels, logits.as_ptr(), targets.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -311,18 +327,16 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::libtorch::cpu_kernels::tests::runnable as kernels;
+    use crate::libtorch::random::{self, integers, randn};
     use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward, tensor_version};
     use crate::quantization::{TernaryQuantSTE, act_quant, ternary_quant};
     use tch::Device;
 
     const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
-    fn kernels() -> impl Iterator<Item = CpuKernels> {
-        CpuKernels::ALL.into_iter().filter(|kernels| kernels.runs_here())
-    }
-
-    fn randn(size: &[i64]) -> Tensor {
-        Tensor::randn(size, (Kind::Float, Device::Cpu))
+    fn codes(ternary: &TernaryWeight) -> Tensor {
+        ternary.codes().expect("codes").to_kind(Kind::Float)
     }
 
     fn leaf(x: &Tensor) -> Tensor {
@@ -354,13 +368,14 @@ mod tests {
         let eye = Tensor::eye(x.size()[1], (Kind::Float, Device::Cpu));
         // gamma is 1 / D; a code of 1 for each.
         let ternary = TernaryWeight::with(kernels, &eye).unwrap();
-        assert!(ternary.codes.to_kind(Kind::Float).equal(&eye));
+        assert!(codes(&ternary).equal(&eye));
         let ternary = TernaryWeight { gamma: ternary.gamma.ones_like(), ..ternary };
         bit_linear_with(kernels, x, Prologue::None, &[(&eye, &ternary)], false, Kind::Float).unwrap().remove(0)
     }
 
     #[test]
     fn activations_are_those_of_the_reference_exactly() {
+        random::seed();
         for kernels in kernels() {
             for (n, d) in [(0, 8), (1, 1), (1, 7), (3, 16), (5, 33), (50, 100), (97, 384)] {
                 for kind in KINDS {
@@ -378,6 +393,7 @@ mod tests {
 
     #[test]
     fn ties_go_to_even() {
+        random::seed();
         // The scale is exactly 1.
         let x = Tensor::from_slice(&[127.0f32, 0.5, 1.5, 2.5, -0.5, -1.5, 125.5, 126.5]).view([1, 8]);
         let expected = Tensor::from_slice(&[127.0f32, 0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 126.0]).view([1, 8]);
@@ -388,6 +404,7 @@ mod tests {
 
     #[test]
     fn weights_are_those_of_the_reference() {
+        random::seed();
         for kernels in kernels() {
             for (out, inner) in [(1, 1), (3, 5), (64, 64), (130, 77), (300, 384)] {
                 let w = randn(&[out, inner]) * 0.02;
@@ -395,39 +412,72 @@ mod tests {
                 let gamma = w.to_kind(Kind::Double).abs().mean(Kind::Double).to_kind(Kind::Float);
                 assert!(error(&ternary.gamma, &gamma) <= f64::from(f32::EPSILON), "{kernels:?}");
                 let codes = (&w / &ternary.gamma).clamp(-1, 1).round();
-                assert!(ternary.codes.to_kind(Kind::Float).equal(&codes), "{kernels:?} [{out}, {inner}]");
+                assert!(self::codes(&ternary).equal(&codes), "{kernels:?} [{out}, {inner}]");
                 // Where the reference's sum is another in its last bit, an element at a threshold may differ.
                 let differing = (ternary_quant(&w).0.sign() - codes).abs().sum(Kind::Float).double_value(&[]);
                 assert!(differing <= 2.0);
             }
             let zeros = TernaryWeight::with(kernels, &randn(&[4, 4]).zero_()).unwrap();
-            assert!(zeros.codes.abs().max().int64_value(&[]) == 0 && zeros.gamma.double_value(&[]) == 1e-8f32 as f64);
+            assert!(
+                codes(&zeros).abs().max().double_value(&[]) == 0.0 && zeros.gamma.double_value(&[]) == 1e-8f32 as f64
+            );
+        }
+    }
+
+    /// Codes `x`, of which each row has a 127, and weights `w` of -1, 0 and 1: scales and gamma are exactly 1.
+    fn product_is_exact(x: &Tensor, w: &Tensor, what: &str) {
+        let ones = Tensor::ones([], (Kind::Float, Device::Cpu));
+        let expected = x.to_kind(Kind::Int64).matmul(&w.to_kind(Kind::Int64).tr());
+        for kernels in kernels() {
+            let ternary = TernaryWeight::with(kernels, &(w * 0.5)).unwrap();
+            let ternary = TernaryWeight { gamma: ones.copy(), ..ternary };
+            if w.abs().mean(Kind::Float).double_value(&[]) > 0.0 {
+                assert!(codes(&ternary).equal(w));
+            }
+            let weights = [(w, &ternary)];
+            let y = bit_linear_with(kernels, x, Prologue::None, &weights, false, Kind::Float).unwrap().remove(0);
+            assert!(y.to_kind(Kind::Int64).equal(&expected), "{kernels:?} {what}");
+            for kind in KINDS {
+                let rounded = bit_linear_with(kernels, x, Prologue::None, &weights, false, kind).unwrap();
+                assert!(rounded[0].equal(&y.to_kind(kind)), "{kernels:?} {what} {kind:?}");
+            }
         }
     }
 
     #[test]
     fn products_are_exact_and_the_same_for_any_instruction_set() {
+        random::seed();
+        // The largest sums are within fp32's integers.
         for (n, inner, out) in [(1, 1, 1), (2, 3, 5), (7, 13, 70), (49, 384, 64), (100, 1023, 129), (5, 4096, 17)] {
-            // Scales and gamma are exactly 1, and the largest sums within fp32's integers.
             let x = (randn(&[n, inner]) * 80.0).round().clamp(-127, 127);
             let _ = x.narrow(1, 0, 1).fill_(127.0);
-            let w = Tensor::randint_low(-1, 2, [out, inner], (Kind::Float, Device::Cpu));
-            let ones = Tensor::ones([], (Kind::Float, Device::Cpu));
-            let expected = x.to_kind(Kind::Int64).matmul(&w.to_kind(Kind::Int64).tr());
-            for kernels in kernels() {
-                let ternary = TernaryWeight::with(kernels, &(&w * 0.5)).unwrap();
-                let ternary = TernaryWeight { gamma: ones.copy(), ..ternary };
-                if w.abs().mean(Kind::Float).double_value(&[]) > 0.0 {
-                    assert!(ternary.codes.to_kind(Kind::Float).equal(&w));
-                }
-                let weights = [(&w, &ternary)];
-                let y = bit_linear_with(kernels, &x, Prologue::None, &weights, false, Kind::Float).unwrap().remove(0);
-                assert!(y.to_kind(Kind::Int64).equal(&expected), "{kernels:?} {n} {inner} {out}");
-                for kind in KINDS {
-                    let rounded = bit_linear_with(kernels, &x, Prologue::None, &weights, false, kind).unwrap();
-                    assert!(rounded[0].equal(&y.to_kind(kind)), "{kernels:?} {n} {inner} {out} {kind:?}");
-                }
-            }
+            let w = integers(-1, 2, &[out, inner]).to_kind(Kind::Float);
+            product_is_exact(&x, &w, &format!("{n} {inner} {out}"));
+        }
+    }
+
+    /// Random signs cancel: no partial sum of theirs comes near 2^15. These grow as fast as sums can, so that one that is
+    /// held in 16 bits anywhere would wrap.
+    #[test]
+    fn the_largest_products_do_not_overflow() {
+        for inner in [128, 192, 256, 384, 512, 1000, 1024, 2048, 4096] {
+            // 1 or -1 along a row: all the same, changing at each element, at every second, in the middle.
+            let signs = |change: &dyn Fn(i64) -> bool| -> Tensor {
+                let signs: Vec<f32> = (0..inner).map(|i| if change(i) { -1.0 } else { 1.0 }).collect();
+                Tensor::from_slice(&signs)
+            };
+            let patterns: [Tensor; 5] = [
+                signs(&|_| false),
+                signs(&|_| true),
+                signs(&|i| i % 2 == 1),
+                signs(&|i| i / 2 % 2 == 1),
+                signs(&|i| i >= inner / 2),
+            ];
+            let all = Tensor::stack(&patterns, 0);
+            // Each pattern of activations meets each of weights, its equal and its opposite among them.
+            product_is_exact(&(&all * 127.0), &all, &format!("{inner}"));
+            // More rows than a tile has.
+            product_is_exact(&(&all * 127.0).repeat([9, 1]), &all.repeat([30, 1]), &format!("{inner}, repeated"));
         }
     }
 
@@ -575,7 +625,7 @@ mod tests {
 
     #[test]
     fn outputs_and_gradients_are_those_of_the_formula() {
-        tch::manual_seed(40);
+        random::seed();
         for layer in layers() {
             for (x_kind, kind) in [(Kind::Float, Kind::Float), (Kind::Float, Kind::BFloat16), (Kind::Float, Kind::Half)]
                 .into_iter()
@@ -606,6 +656,7 @@ mod tests {
 
     #[test]
     fn only_what_is_asked_for_gets_a_gradient() {
+        random::seed();
         let layer = Layer::random(Before::Norm, &[10], 16, &[8, 8], false);
         let (x, norm) = (leaf(&layer.x), layer.norm.detach());
         let weights = [leaf(&layer.weights[0]), layer.weights[1].detach()];
@@ -632,6 +683,7 @@ mod tests {
 
     #[test]
     fn the_gradients_of_several_weights_share_no_memory() {
+        random::seed();
         let layer = Layer::random(Before::Nothing, &[10], 16, &[8, 8], false);
         let results = layer.fused(CpuKernels::best(), Kind::Float, Kind::Float);
         let before = results[4].copy();
@@ -641,6 +693,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_not_hidden() {
+        random::seed();
         for before in [Before::Nothing, Before::Norm, Before::Gate] {
             for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                 for kind in KINDS {
@@ -676,6 +729,7 @@ mod tests {
 
     #[test]
     fn the_same_bits_with_any_number_of_threads() {
+        random::seed();
         let threads = tch::get_num_threads();
         for before in [Before::Nothing, Before::Norm, Before::Gate] {
             let mut layer = Layer::random(before, &[3, 301], 200, &[100, 65], true);
@@ -695,7 +749,7 @@ mod tests {
                 }
             }
         }
-        let (logits, targets) = (randn(&[700, 256]), Tensor::randint(256, [700], (Kind::Int64, Device::Cpu)));
+        let (logits, targets) = (randn(&[700, 256]), integers(0, 256, &[700]));
         let losses = [1, 2, 8].map(|n| {
             tch::set_num_threads(n);
             let logits = leaf(&logits);
@@ -709,6 +763,7 @@ mod tests {
 
     #[test]
     fn inside_recomputation_and_autocast() {
+        random::seed();
         for kind in [Kind::Float, Kind::BFloat16] {
             let layer = Layer::random(Before::Norm, &[2, 30], 48, &[40], true);
             let plain = layer.fused(CpuKernels::best(), Kind::Float, kind);
@@ -739,6 +794,7 @@ mod tests {
 
     #[test]
     fn there_is_no_second_derivative() {
+        random::seed();
         let (x, w) = (leaf(&randn(&[3, 8])), leaf(&randn(&[4, 8])));
         let ternary = TernaryWeight::new(&w).unwrap();
         let y = bit_linear(&x, Prologue::None, &[(&w, &ternary)], false, Kind::Float).unwrap().remove(0);
@@ -748,6 +804,7 @@ mod tests {
 
     #[test]
     fn a_weight_that_changed_between_forward_and_its_clipped_backward_is_noticed() {
+        random::seed();
         let (x, w) = (randn(&[3, 8]), leaf(&randn(&[4, 8])));
         let ternary = TernaryWeight::new(&w).unwrap();
         let y = bit_linear(&x, Prologue::None, &[(&w, &ternary)], true, Kind::Float).unwrap().remove(0);
@@ -768,6 +825,7 @@ mod tests {
 
     #[test]
     fn rope_is_the_formula_and_its_gradient_the_inverse() {
+        random::seed();
         for (b, t, h, d) in [(2, 9, 3, 64), (1, 1, 1, 2), (3, 5, 2, 34), (2, 0, 3, 8), (1, 70, 6, 80)] {
             let (cos, sin) = (randn(&[t, d / 2]), randn(&[t, d / 2]));
             for kind in KINDS {
@@ -793,8 +851,9 @@ mod tests {
 
     #[test]
     fn cross_entropy_and_its_gradient_are_the_formula() {
+        random::seed();
         for (size, classes) in [(vec![2, 33], 256), (vec![1], 3), (vec![5], 1), (vec![100], 259), (vec![], 17)] {
-            let targets = Tensor::randint(classes, &size, (Kind::Int64, Device::Cpu));
+            let targets = integers(0, classes, &size);
             let base = randn(&[size.as_slice(), &[classes]].concat()) * 5.0 + 20.0;
             for kind in KINDS {
                 let run = |as_kind: Kind, f: &dyn Fn(&Tensor) -> Tensor| {
@@ -826,6 +885,7 @@ mod tests {
 
     #[test]
     fn a_loss_that_is_not_finite_stays_so() {
+        random::seed();
         let targets = Tensor::from_slice(&[1i64, 2, 0]);
         for kernels in kernels() {
             for value in [f64::NAN, f64::INFINITY] {
@@ -845,6 +905,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
+        random::seed();
         let w = randn(&[4, 8]);
         let ternary = TernaryWeight::new(&w).unwrap();
         let weights = [(&w, &ternary)];

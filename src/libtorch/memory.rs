@@ -45,7 +45,7 @@ fn kib(path: &str, key: &str) -> u64 {
 /// libtorch's own, where the device is absent.
 pub fn cuda_memory(index: usize) -> Result<CudaMemory, Error> {
     let mut memory = CudaMemory { free: 0, total: 0, peak: 0 };
-    let index = i32::try_from(index).map_err(|_| Error(format!("no CUDA device {index}")))?;
+    let index = i32::try_from(index).map_err(|_| Error::Other(format!("no CUDA device {index}")))?;
     // SAFETY: three places for one number each.
     ffi::check(unsafe { ffi::bbt_cuda_memory(index, &mut memory.free, &mut memory.total, &mut memory.peak) })?;
     Ok(memory)

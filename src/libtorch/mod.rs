@@ -12,6 +12,7 @@ mod cpu_kernels;
 mod cuda_graph;
 mod cuda_kernels;
 mod distributed;
+mod error;
 mod exit;
 mod ffi;
 mod foreach;
@@ -19,6 +20,8 @@ mod fused;
 mod grad;
 mod host_copy;
 mod memory;
+#[cfg(test)]
+mod random;
 mod recompute;
 mod storage;
 
@@ -30,6 +33,8 @@ pub use cpu_kernels::CpuKernels;
 pub use cuda_graph::CudaGraph;
 pub use cuda_kernels::{compile_cuda_kernels, cuda_name};
 pub use distributed::{Backend, ProcessGroup, ReduceOp, Reducer, ReducerTimes, Store};
+pub use error::Error;
+pub(crate) use error::or_panic;
 pub use exit::exit_at_once;
 pub use foreach::{AdamWStep, amp_unscale, foreach_mul, foreach_norms, fused_adamw};
 pub use fused::{Prologue, TernaryWeight, bit_linear, bit_linear_and_scales, cross_entropy_mean, rope};
@@ -38,8 +43,3 @@ pub use host_copy::HostCopy;
 pub use memory::{CudaMemory, HostMemory, cuda_memory, host_memory};
 pub use recompute::recompute_in_backward;
 pub use storage::cpu_bytes;
-
-/// A call into libtorch that failed, with libtorch's own words.
-#[derive(Debug, thiserror::Error)]
-#[error("libtorch: {0}")]
-pub struct Error(pub String);

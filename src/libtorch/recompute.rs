@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::error::panic_text;
 use super::{Error, ffi};
 
 type Closure = Box<dyn Fn(&Tensor) -> Tensor + Send>;
@@ -21,7 +22,7 @@ type Closure = Box<dyn Fn(&Tensor) -> Tensor + Send>;
 /// Whatever `f` fails with.
 pub fn recompute_in_backward(f: impl Fn(&Tensor) -> Tensor + Send + 'static, input: &Tensor) -> Result<Tensor, Error> {
     if !input.requires_grad() {
-        return Err(Error("activation checkpointing needs an input that requires a gradient".into()));
+        return Err(Error::Other("activation checkpointing needs an input that requires a gradient".into()));
     }
     let closure: *mut Closure = Box::into_raw(Box::new(Box::new(f)));
     let mut output = std::ptr::null_mut();
@@ -51,12 +52,7 @@ unsafe extern "C" fn call(closure: *mut c_void, input: *mut C_tensor, output: *m
     match result {
         Ok(()) => std::ptr::null_mut(),
         Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("panic in a recomputed function");
-            let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
+            let text = CString::new(panic_text(panic.as_ref()).replace('\0', " ")).unwrap_or_default();
             // SAFETY: strdup allocates with malloc, which the shim frees with free.
             unsafe { strdup(text.as_ptr()) }
         }

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor, nn};
 
 use super::Rope;
 use crate::config::{self, ModelConfig, QuantConfig};
-use crate::libtorch::causal_attention;
+use crate::libtorch::{causal_attention, or_panic};
 use crate::quantization::{BitLinear, Input};
 
 /// Causal self-attention over BitLinear projections.
@@ -102,7 +102,7 @@ fn has_fused(q: &Tensor, k: &Tensor, v: &Tensor) -> bool {
 fn fused(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let (q, k) = (q.to_kind(v.kind()), k.to_kind(v.kind()));
     // Shapes and dtypes fit, and the command line has seen to the kernels asked for.
-    causal_attention(&q, &k, v).unwrap_or_else(|error| panic!("{error}"))
+    or_panic(causal_attention(&q, &k, v))
 }
 
 fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {

@@ -11,6 +11,7 @@
 use tch::{Tensor, nn};
 
 use super::block::RMS_EPS;
+use super::rope::RopeTables;
 use super::{Block, LayerCache, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig, QuantKernel, VOCAB_SIZE};
 use crate::quantization::BitLinear;
@@ -24,8 +25,7 @@ pub struct BitByteLM {
     norm_f: RmsNorm,
     config: ModelConfig,
     checkpointing: bool,
-    /// Whether kernels of our own compute what has them.
-    fused: bool,
+    rope: RopeTables,
 }
 
 /// Keys and values of every layer for the tokens seen so far.
@@ -52,7 +52,7 @@ impl BitByteLM {
             norm_f,
             config: config.clone(),
             checkpointing: false,
-            fused: quant.kernel != QuantKernel::Reference,
+            rope: RopeTables::new(config.head_dim(), config.rope_base, quant.kernel != QuantKernel::Reference),
         }
     }
 
@@ -109,7 +109,8 @@ impl BitByteLM {
         KvCache { layers: self.blocks.iter().map(|_| LayerCache::default()).collect() }
     }
 
-    /// Quantizes all weights once, for inference: changes of the weights are not seen any more.
+    /// Quantizes all weights of the linear layers for good, for inference, and lets go of the trained ones
+    /// ([`BitLinear::freeze`]). Whoever holds the `VarStore` holds those still.
     pub fn freeze(&mut self) {
         self.blocks.iter_mut().for_each(Block::freeze);
     }
@@ -119,7 +120,7 @@ impl BitByteLM {
     }
 
     fn rope(&self, start: i64, tokens: &Tensor) -> Rope {
-        Rope::new(self.config.head_dim(), self.config.rope_base, start, tokens.size()[1], tokens.device(), self.fused)
+        self.rope.get(start, tokens.size()[1], tokens.device())
     }
 
     fn head(&self, x: &Tensor) -> Tensor {

@@ -4,7 +4,7 @@ use tch::{Tensor, nn};
 
 use super::{Attention, LayerCache, Mlp, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig};
-use crate::libtorch::recompute_in_backward;
+use crate::libtorch::{or_panic, recompute_in_backward};
 use crate::quantization::BitLinear;
 
 /// Epsilon of every RMSNorm of the model.
@@ -69,5 +69,5 @@ impl Block {
 
 /// Panics where libtorch fails, as every tch operation in a forward pass does.
 fn recompute(f: impl Fn(&Tensor) -> Tensor + Send + 'static, x: &Tensor) -> Tensor {
-    recompute_in_backward(f, x).unwrap_or_else(|error| panic!("{error}"))
+    or_panic(recompute_in_backward(f, x))
 }

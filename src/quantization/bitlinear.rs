@@ -3,34 +3,43 @@
 //! y = act_quant(x) · ternary_quant(W)ᵀ + b, both with straight-through gradients
 //! (BitNet b1.58, arXiv 2402.17764). The quantizers compute in fp32 under any autocast dtype.
 //!
-//! There are two implementations, chosen by `quant.kernel`. The reference is detach arithmetic, and its product runs
-//! in what autocast says. The fused one multiplies the integers exactly and rounds the result to what autocast says;
-//! its backward products run in that dtype.
+//! There are two implementations. The reference is detach arithmetic, and its product runs in what autocast says. The
+//! fused one multiplies the integers exactly and rounds the result to what autocast says; its backward products run in
+//! that dtype. Which one computes a layer follows from its configuration alone, never from the machine or from a clock:
+//! the two round differently, so a run that is resumed, its ranks, and the recomputation of a forward must all take the
+//! same one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::{Device, Kind, Tensor, nn};
 
 use super::act_quant::row_absmax;
-use super::kernel_choice::{self, Shape};
 use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, act_quant_through_scale, ternary_quant};
-use crate::config::{ActQuant, ActSte, QuantConfig, QuantKernel, Ste, WeightQuant};
-use crate::libtorch::{self, Prologue, TernaryWeight};
+use crate::config::{ActQuant, ActSte, QuantConfig, Ste, WeightQuant};
+use crate::libtorch::{self, Prologue, TernaryWeight, or_panic};
 
 /// A linear layer over quantized weights and activations.
 #[derive(Debug)]
 pub struct BitLinear {
-    /// Trained weight, `[out, in]` fp32, never quantized in place.
-    pub weight: Tensor,
+    weight: Weight,
     /// Optional bias, `[out]` fp32, full precision.
     pub bias: Option<Tensor>,
     quant: QuantConfig,
     /// How far quantization has come in, 0 to 1.
     lambda: f64,
-    /// The quantized weight, once [`BitLinear::freeze`] was called.
-    frozen: Option<Tensor>,
     ternary: Arc<TernaryCache>,
     probe: Arc<Mutex<Probe>>,
+}
+
+/// The one form in which a layer holds its weight.
+#[derive(Debug)]
+enum Weight {
+    /// As it is trained: `[out, in]` fp32, never quantized in place.
+    Trained(Tensor),
+    /// Of a frozen layer that the fused kernels compute: what they read.
+    Packed(TernaryWeight),
+    /// Of a frozen layer that the reference computes: the quantized values, `[out, in]` fp32.
+    Quantized(Tensor),
 }
 
 /// What is kept of a layer's input for a look inside.
@@ -52,22 +61,17 @@ type Version = (i64, usize);
 
 impl TernaryCache {
     fn get(&self, weight: &Tensor) -> TernaryWeight {
-        let version = (done(libtorch::tensor_version(weight)), weight.data_ptr() as usize);
+        let version = (or_panic(libtorch::tensor_version(weight)), weight.data_ptr() as usize);
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &*cached {
             Some((of, ternary)) if *of == version => ternary.shallow_clone(),
             _ => {
-                let ternary = done(TernaryWeight::new(weight));
+                let ternary = or_panic(TernaryWeight::new(weight));
                 *cached = Some((version, ternary.shallow_clone()));
                 ternary
             }
         }
     }
-}
-
-/// Panics where libtorch fails, as every tch operation in a forward pass does.
-fn done<T>(result: Result<T, libtorch::Error>) -> T {
-    result.unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl BitLinear {
@@ -77,13 +81,20 @@ impl BitLinear {
         let bound = 1.0 / (in_dim as f64).sqrt();
         let init = nn::Init::Uniform { lo: -bound, up: bound };
         Self {
-            weight: vs.var("weight", &[out_dim, in_dim], init),
+            weight: Weight::Trained(vs.var("weight", &[out_dim, in_dim], init)),
             bias: bias.then(|| vs.var("bias", &[out_dim], init)),
             quant: *quant,
             lambda: 1.0,
-            frozen: None,
             ternary: Arc::default(),
             probe: Arc::default(),
+        }
+    }
+
+    /// The weight as it is trained, `[out, in]` fp32. None once the layer is frozen.
+    pub fn weight(&self) -> Option<&Tensor> {
+        match &self.weight {
+            Weight::Trained(weight) => Some(weight),
+            Weight::Packed(_) | Weight::Quantized(_) => None,
         }
     }
 
@@ -96,7 +107,7 @@ impl BitLinear {
 
     /// Several layers over one input, `[..., in]` each → `[..., out]`.
     pub fn forward_each<const N: usize>(layers: [&Self; N], input: Input) -> [Tensor; N] {
-        match Self::is_fused(layers, input) {
+        match layers.iter().all(|layer| layer.is_fused(input.tensor().device())) {
             true => Self::fused(layers, input),
             false => Self::by_reference(layers, input),
         }
@@ -117,10 +128,15 @@ impl BitLinear {
             Input::RmsNorm { x, weight, eps } => (x, Prologue::RmsNorm { weight, eps }),
             Input::SwiGlu(gate_up) => (gate_up, Prologue::SwiGlu),
         };
-        let ternary = layers.map(|layer| layer.ternary.get(&layer.weight));
-        let weights: [_; N] = std::array::from_fn(|i| (&layers[i].weight, &ternary[i]));
+        let ternary = layers.map(|layer| match &layer.weight {
+            Weight::Trained(weight) => layer.ternary.get(weight),
+            Weight::Packed(ternary) => ternary.shallow_clone(),
+            Weight::Quantized(_) => unreachable!("the reference computes a layer that holds quantized values"),
+        });
+        let weights: [_; N] = std::array::from_fn(|i| (layers[i].weight(), &ternary[i]));
         let clipped = layers.iter().all(|layer| layer.quant.ste == Ste::Clipped);
-        let (outputs, scales) = done(libtorch::bit_linear_and_scales(x, prologue, &weights, clipped, output_kind(x)));
+        let computed = libtorch::bit_linear_and_scales(x, prologue, &weights, clipped, output_kind(x));
+        let (outputs, scales) = or_panic(computed);
         if layers.iter().any(|layer| layer.is_probed()) {
             let absmax = scales * 127.0;
             layers.iter().for_each(|layer| layer.note(&absmax));
@@ -129,47 +145,16 @@ impl BitLinear {
         std::array::from_fn(|_| outputs.next().expect("an output for each weight"))
     }
 
-    /// Whether the fused kernels compute such a layer on `device`.
-    fn has_fused(&self, device: Device) -> bool {
-        let fits = self.quant.may_fuse() && self.lambda == 1.0 && self.bias.is_none();
-        fits && matches!(device, Device::Cpu | Device::Cuda(_))
-    }
-
-    fn is_fused<const N: usize>(layers: [&Self; N], input: Input) -> bool {
-        let x = input.tensor();
-        if !layers.iter().all(|layer| layer.has_fused(x.device())) {
-            return false;
-        }
-        if layers.iter().any(|layer| layer.quant.kernel == QuantKernel::Fused) {
-            return true;
-        }
-        let [inputs, width] = [layers[0].weight.size()[1], x.size().last().copied().unwrap_or(1)];
-        let outputs = layers.iter().map(|layer| layer.weight.size()[0]).sum();
-        let tokens = x.numel() as i64 / width.max(1);
-        let shape = Shape::new(
-            x.device(),
-            output_kind(x),
-            input.number(),
-            tokens,
-            inputs,
-            outputs,
-            libtorch::is_grad_enabled(),
-        );
-        let run = |forward: fn([&Self; N], Input) -> [Tensor; N]| {
-            // Of their own: the timing must leave no gradient behind.
-            let own = layers.map(Self::detached);
-            let outputs = input.detached(shape.training, |input| forward(std::array::from_fn(|i| &own[i]), input));
-            if shape.training {
-                outputs.iter().map(|y| y.sum(Kind::Float)).sum::<Tensor>().backward();
+    /// Whether the fused kernels compute this layer on `device`.
+    fn is_fused(&self, device: Device) -> bool {
+        match &self.weight {
+            Weight::Trained(_) => {
+                let fits = self.quant.may_fuse() && self.lambda == 1.0 && self.bias.is_none();
+                fits && matches!(device, Device::Cpu | Device::Cuda(_))
             }
-        };
-        kernel_choice::is_fused(shape, &|| run(Self::fused), &|| run(Self::by_reference))
-    }
-
-    /// The same layer, with another gradient, and unobserved.
-    fn detached(&self) -> Self {
-        let weight = self.weight.detach().set_requires_grad(true);
-        Self { weight, probe: Arc::default(), ..self.shallow_clone() }
+            Weight::Packed(_) => true,
+            Weight::Quantized(_) => false,
+        }
     }
 
     /// From here to [`BitLinear::take_input_absmax`], the last forward of this layer, and of other handles to it, keeps
@@ -198,70 +183,81 @@ impl BitLinear {
     }
 
     /// The weight in its three values as forward multiplies with it now: codes of -1, 0 and 1, `[out, in]` int8, and
-    /// gamma, `[]` fp32. None where weights are in full precision.
+    /// gamma, `[]` fp32. None where weights are in full precision, or the layer is frozen.
     pub fn ternary(&self) -> Option<(Tensor, Tensor)> {
         if self.quant.weight == WeightQuant::None {
             return None;
         }
-        if self.has_fused(self.weight.device()) {
+        let weight = self.weight()?;
+        if self.is_fused(weight.device()) {
             // Of the last forward, which has cached it.
-            let ternary = self.ternary.get(&self.weight);
-            return Some((ternary.codes().shallow_clone(), ternary.gamma().shallow_clone()));
+            let ternary = self.ternary.get(weight);
+            return Some((ternary.codes()?.shallow_clone(), ternary.gamma().shallow_clone()));
         }
-        let (values, gamma) = ternary_quant(&self.weight);
+        let (values, gamma) = ternary_quant(weight);
         Some(((values / &gamma).round().to_kind(Kind::Int8), gamma))
     }
 
     fn reference(&self, x: &Tensor) -> Tensor {
-        if let Some(weight) = &self.frozen {
-            let x = match self.quant.act {
-                ActQuant::Int8 => toward(x, |x| act_quant(&x.to_kind(Kind::Float)), self.lambda),
-                ActQuant::None => x.shallow_clone(),
-            };
-            return x.linear(weight, self.bias.as_ref());
-        }
-        let x = match self.quant.act {
-            ActQuant::Int8 => {
-                let quantized = match self.quant.act_ste {
+        let (weight, act_quantizer): (_, fn(&Tensor) -> Tensor) = match &self.weight {
+            Weight::Quantized(weight) => (weight.shallow_clone(), |x| act_quant(&x.to_kind(Kind::Float))),
+            Weight::Packed(_) => unreachable!("the fused kernels compute a layer that is packed"),
+            Weight::Trained(weight) => {
+                let weight = match self.quant.weight {
+                    WeightQuant::Ternary => {
+                        toward(weight, |w| TernaryQuantSTE { ste: self.quant.ste }.forward(w), self.lambda)
+                    }
+                    WeightQuant::None => weight.shallow_clone(),
+                };
+                let with_gradient = match self.quant.act_ste {
                     ActSte::Identity => act_quant_per_token,
                     ActSte::None => act_quant_through_scale,
                 };
-                toward(x, quantized, self.lambda)
+                (weight, with_gradient)
             }
-            ActQuant::None => x.shallow_clone(),
         };
-        let weight = match self.quant.weight {
-            WeightQuant::Ternary => {
-                toward(&self.weight, |w| TernaryQuantSTE { ste: self.quant.ste }.forward(w), self.lambda)
-            }
-            WeightQuant::None => self.weight.shallow_clone(),
+        let x = match self.quant.act {
+            ActQuant::Int8 => toward(x, act_quantizer, self.lambda),
+            ActQuant::None => x.shallow_clone(),
         };
         x.linear(&weight, self.bias.as_ref())
     }
 
-    /// Quantizes the weight once, for inference: later changes of `weight` are not seen, and no
-    /// gradient flows.
+    /// Quantizes the weight for good, for inference, and lets go of the trained one: the layer then holds it once, as
+    /// what computes the layer reads it. Later changes of the trained weight are not seen, no gradient flows, and how
+    /// far quantization has come in stays as it is.
     pub fn freeze(&mut self) {
-        self.frozen = Some(match self.quant.weight {
-            WeightQuant::Ternary => toward(&self.weight.detach(), |w| ternary_quant(w).0, self.lambda),
-            WeightQuant::None => self.weight.detach(),
-        });
+        let Weight::Trained(weight) = &self.weight else { return };
+        let weight = weight.detach();
+        self.weight = match self.quant.weight {
+            _ if self.is_fused(weight.device()) => {
+                Weight::Packed(or_panic(TernaryWeight::new(&weight)).for_inference())
+            }
+            WeightQuant::Ternary => Weight::Quantized(toward(&weight, |w| ternary_quant(w).0, self.lambda)),
+            WeightQuant::None => Weight::Quantized(weight),
+        };
+        self.ternary = Arc::default();
     }
 
     /// How far quantization has come in: from 0, full precision, to 1, which it is at first. Below 1 the reference
     /// computes.
     pub fn set_quantization(&mut self, lambda: f64) {
-        self.lambda = lambda;
+        if self.weight().is_some() {
+            self.lambda = lambda;
+        }
     }
 
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         Self {
-            weight: self.weight.shallow_clone(),
+            weight: match &self.weight {
+                Weight::Trained(weight) => Weight::Trained(weight.shallow_clone()),
+                Weight::Packed(ternary) => Weight::Packed(ternary.shallow_clone()),
+                Weight::Quantized(weight) => Weight::Quantized(weight.shallow_clone()),
+            },
             bias: self.bias.as_ref().map(Tensor::shallow_clone),
             quant: self.quant,
             lambda: self.lambda,
-            frozen: self.frozen.as_ref().map(Tensor::shallow_clone),
             ternary: self.ternary.clone(),
             probe: self.probe.clone(),
         }
@@ -286,7 +282,7 @@ fn output_kind(x: &Tensor) -> Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Precision;
+    use crate::config::{Precision, QuantKernel};
     use crate::utils::device::autocast;
     use tch::{Device, Kind};
 
@@ -294,16 +290,77 @@ mod tests {
         BitLinear::new(vs.root() / name, 256, 256, false, &QuantConfig { kernel, ..QuantConfig::default() })
     }
 
+    fn weight(layer: &BitLinear) -> Tensor {
+        layer.weight().expect("a layer that is not frozen").shallow_clone()
+    }
+
+    /// What computes a layer decides how it rounds: it may not depend on the shape's time, on whether there is a
+    /// backward, or on chance. Each of these was timed once, and could come out either way.
     #[test]
-    fn choosing_a_kernel_leaves_no_gradient_behind() {
+    fn what_computes_a_layer_follows_from_its_configuration() {
         let vs = nn::VarStore::new(Device::Cpu);
-        let layer = layer(&vs, "a", QuantKernel::Auto);
-        let x = Tensor::randn([300, 256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let norm = Tensor::ones([256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
-        let [y] = BitLinear::forward_each([&layer], Input::RmsNorm { x: &x, weight: &norm, eps: 1e-6 });
-        assert!([&x, &norm, &layer.weight].iter().all(|tensor| !tensor.grad().defined()));
-        y.sum(Kind::Float).backward();
-        assert!([&x, &norm, &layer.weight].iter().all(|tensor| tensor.grad().defined()));
+        for (kernel, lambda, fused) in [
+            (QuantKernel::Auto, 1.0, true),
+            (QuantKernel::Fused, 1.0, true),
+            (QuantKernel::Reference, 1.0, false),
+            (QuantKernel::Auto, 0.5, false),
+            (QuantKernel::Fused, 0.5, false),
+        ] {
+            let mut layer = layer(&vs, &format!("{kernel:?}-{}", lambda * 2.0), kernel);
+            layer.set_quantization(lambda);
+            // 2^25 multiplications, and few.
+            for tokens in [512, 1] {
+                let x = Tensor::randn([tokens, 256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+                let input = Input::Plain(&x);
+                let [expected] = if fused { BitLinear::fused([&layer], input) } else { [layer.reference(&x)] };
+                assert!(layer.forward(&x).equal(&expected), "{kernel:?} {lambda} {tokens}");
+                assert!(
+                    tch::no_grad(|| layer.forward(&x)).equal(&expected),
+                    "{kernel:?} {lambda} {tokens}, no gradient"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_frozen_layer_computes_the_same_and_holds_its_weight_once() {
+        for (kernel, ste, lambda) in [
+            (QuantKernel::Auto, Ste::Clipped, 1.0),
+            (QuantKernel::Reference, Ste::Identity, 1.0),
+            (QuantKernel::Auto, Ste::Identity, 0.3),
+        ] {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let quant = QuantConfig { kernel, ste, ..QuantConfig::default() };
+            let mut layer = BitLinear::new(vs.root(), 96, 48, false, &quant);
+            layer.set_quantization(lambda);
+            let x = Tensor::randn([7, 96], (Kind::Float, Device::Cpu));
+            let expected = tch::no_grad(|| layer.forward(&x));
+            let mut trained = weight(&layer);
+            let handles = Arc::downgrade(&layer.ternary);
+            layer.freeze();
+            assert!(layer.weight().is_none() && layer.ternary().is_none() && handles.upgrade().is_none());
+            match &layer.weight {
+                Weight::Packed(ternary) => assert!(ternary.codes().is_none() && kernel == QuantKernel::Auto),
+                Weight::Quantized(_) => assert!(kernel == QuantKernel::Reference || lambda < 1.0),
+                Weight::Trained(_) => panic!("not frozen"),
+            }
+            // Neither what becomes of the weight nor of the schedule is seen any more.
+            let _ = tch::no_grad(|| trained.zero_());
+            layer.set_quantization(0.0);
+            let y = layer.shallow_clone().forward(&x);
+            assert!(!y.requires_grad());
+            let difference = (&y - &expected).abs().max().double_value(&[]);
+            assert!(difference < 1e-6 * expected.abs().max().double_value(&[]), "{kernel:?} {lambda}: {difference}");
+        }
+    }
+
+    #[test]
+    fn a_frozen_layer_refuses_a_gradient() {
+        let vs = nn::VarStore::new(Device::Cpu);
+        let mut layer = layer(&vs, "a", QuantKernel::Auto);
+        layer.freeze();
+        let x = Tensor::randn([2, 256], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| layer.forward(&x))).is_err());
     }
 
     #[test]
@@ -314,9 +371,9 @@ mod tests {
         let x = Tensor::randn([5, 256], (Kind::Float, Device::Cpu));
         for _ in 0..3 {
             tch::no_grad(|| {
-                let mut weight = fused.weight.shallow_clone();
+                let mut weight = weight(&fused);
                 weight.copy_(&Tensor::randn([256, 256], (Kind::Float, Device::Cpu)));
-                reference.weight.shallow_clone().copy_(&weight);
+                reference.weight().unwrap().shallow_clone().copy_(&weight);
             });
             // A clone, as activation checkpointing makes them, has the same cache.
             for layer in [&fused, &fused.shallow_clone()] {
@@ -337,7 +394,7 @@ mod tests {
                 let x = Tensor::randn([7, 96], (Kind::Float, Device::Cpu)).set_requires_grad(true);
                 let upstream = Tensor::randn([7, 48], (Kind::Float, Device::Cpu));
                 for lambda in [0.0, 0.3, 0.75, 1.0] {
-                    let (mut w, mut x) = (layer.weight.shallow_clone(), x.shallow_clone());
+                    let (mut w, mut x) = (weight(&layer), x.shallow_clone());
                     w.zero_grad();
                     x.zero_grad();
                     layer.set_quantization(lambda);
@@ -367,7 +424,7 @@ mod tests {
 
                     let mut frozen = layer.shallow_clone();
                     frozen.freeze();
-                    near(&tch::no_grad(|| frozen.reference(&x)), &fp64(&y), "frozen");
+                    near(&tch::no_grad(|| frozen.forward(&x)), &fp64(&y), "frozen");
                 }
             }
         }
@@ -388,7 +445,7 @@ mod tests {
             let difference = (y.to_kind(Kind::Float) - &expected).abs().max() / expected.abs().max();
             assert!(difference.double_value(&[]) < 1e-2, "{precision:?}: {difference}");
             y.to_kind(Kind::Float).sum(Kind::Float).backward();
-            assert_eq!(layer.weight.grad().kind(), Kind::Float);
+            assert_eq!(weight(&layer).grad().kind(), Kind::Float);
         }
     }
 }

@@ -34,25 +34,6 @@ impl Input<'_> {
         }
     }
 
-    /// The same of copies without a past, and with gradients of their own if `training`.
-    pub(super) fn detached<T>(&self, training: bool, run: impl FnOnce(Input) -> T) -> T {
-        let own = |tensor: &Tensor| tensor.detach().set_requires_grad(training);
-        match *self {
-            Self::Plain(x) => run(Input::Plain(&own(x))),
-            Self::RmsNorm { x, weight, eps } => run(Input::RmsNorm { x: &own(x), weight: &own(weight), eps }),
-            Self::SwiGlu(x) => run(Input::SwiGlu(&own(x))),
-        }
-    }
-
-    /// A number for each kind of input.
-    pub(super) fn number(&self) -> u8 {
-        match self {
-            Self::Plain(_) => 0,
-            Self::RmsNorm { .. } => 1,
-            Self::SwiGlu(_) => 2,
-        }
-    }
-
     /// What it is made of.
     pub(super) fn tensor(&self) -> &Tensor {
         match self {

@@ -4,7 +4,6 @@
 mod act_quant;
 mod bitlinear;
 mod input;
-mod kernel_choice;
 mod ternary_quant;
 
 pub use act_quant::{act_quant, act_quant_per_token, act_quant_through_scale};

@@ -113,7 +113,7 @@ pub enum DdpError {
     NcclOnCpu(String),
     /// The group cannot be made.
     #[error("the ranks cannot form a process group: {0}")]
-    Group(libtorch::Error),
+    Group(#[source] libtorch::Error),
     /// A collective failed.
     #[error("rank {rank}: {source}")]
     Lost {
@@ -220,7 +220,7 @@ impl Ddp {
     /// Rank 0 says nothing.
     pub fn share<T: Serialize + DeserializeOwned>(&self, key: &str, value: Option<T>) -> Result<T, DdpError> {
         let no_word = |source| DdpError::NoWord { seconds: self.timeout.as_secs(), source };
-        let failure = |error: serde_json::Error| no_word(libtorch::Error(error.to_string()));
+        let failure = |error: serde_json::Error| no_word(libtorch::Error::Other(error.to_string()));
         match value {
             Some(value) => {
                 let bytes = serde_json::to_vec(&value).map_err(failure)?;

@@ -103,7 +103,7 @@ impl Recorded {
         // Quantized weights are kept from one micro-batch to the next: the recording must make its own.
         mark_written(params)?;
         let made = CudaGraph::capture(device, || {
-            let loss = work(&tokens, &targets).map_err(|error| Error(error.to_string()))?;
+            let loss = work(&tokens, &targets).map_err(|error| Error::new(error.to_string()))?;
             Ok(loss.to_kind(Kind::Float))
         });
         match made {

@@ -44,7 +44,11 @@ impl Internals {
         let layer = |parameter: &String| {
             let name = parameter.strip_suffix(".weight").unwrap_or(parameter).to_string();
             let layer = quantized.iter().find(|(quantized, _)| *quantized == name).map(|(_, layer)| layer);
-            Layer { quantized: layer.map(|l| Quantized { weights: l.weight.numel() as f64, codes: None }), name }
+            Layer {
+                quantized: layer
+                    .map(|l| Quantized { weights: l.weight().map_or(0, Tensor::numel) as f64, codes: None }),
+                name,
+            }
         };
         Self { every, layers: parameters.iter().map(layer).collect() }
     }

@@ -69,7 +69,7 @@ pub enum TrainError {
     #[error(transparent)]
     Ddp(#[from] DdpError),
     /// libtorch failed.
-    #[error(transparent)]
+    #[error("{0}")]
     Libtorch(#[from] libtorch::Error),
     /// The model is too large for the device.
     #[error(
@@ -106,9 +106,14 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Whether another rank is the cause.
+    /// Whether another rank is the cause. Want of memory is this one's own, wherever it shows.
     pub fn is_lost_rank(&self) -> bool {
-        matches!(self, Self::Ddp(DdpError::Lost { .. } | DdpError::Group(_) | DdpError::NoWord { .. }))
+        match self {
+            Self::Ddp(DdpError::Lost { source, .. } | DdpError::Group(source)) => {
+                !matches!(source, libtorch::Error::OutOfMemory(_))
+            }
+            _ => matches!(self, Self::Ddp(DdpError::NoWord { .. })),
+        }
     }
 }
 
@@ -235,7 +240,7 @@ impl Trainer {
             None => device(config.train.device)?,
         };
         if let Err(error) = adamw8bit_kernel(&config, device) {
-            return Err(ConfigError::Invalid { key: "optim.name".into(), message: error.0 }.into());
+            return Err(ConfigError::Invalid { key: "optim.name".into(), message: error.text().into() }.into());
         }
         check_memory(&config, ddp.as_ref().map_or(1, |ddp| ddp.world_size()), device)?;
         let train_set = open(&config.data.train, "data.train")?;
@@ -570,7 +575,7 @@ impl Trainer {
                     parallel.prepare_for_backward()?;
                 }
                 match &self.parallel {
-                    None => scaled.backward(),
+                    None => backward(&scaled)?,
                     Some(parallel) => {
                         backward(&scaled).map_err(|source| DdpError::Lost { rank: parallel.ddp().rank(), source })?;
                     }
@@ -757,14 +762,9 @@ impl Trainer {
     }
 }
 
-/// `loss.backward()`, its failure as an error and not as a panic; but for want of memory, which is this rank's own
-/// failure, and everywhere a panic.
+/// `loss.backward()`, its failure as an error and not as a panic.
 fn backward(loss: &Tensor) -> Result<(), libtorch::Error> {
-    loss.f_backward().map_err(|error| {
-        let text = error.to_string();
-        assert!(!text.contains("out of memory") && !text.contains("can't allocate memory"), "{text}");
-        libtorch::Error(text.lines().next().unwrap_or_default().to_string())
-    })
+    Ok(loss.f_backward()?)
 }
 
 /// Peak of one device in FLOP/s, as it is set or known.

@@ -2,11 +2,14 @@
 #pragma once
 
 // Backward must run with what forward was told.
-int64_t isa = 0;
-void bbt::fused::use_cpu_kernels(int64_t number) { isa = number; }
-int64_t bbt::fused::cpu_kernels_in_use() { return isa; }
+bbt::CpuKernels chosen = bbt::CpuKernels::kPortable;
+void bbt::fused::use_cpu_kernels(CpuKernels kernels) { chosen = kernels; }
+bbt::CpuKernels bbt::fused::cpu_kernels_in_use() { return chosen; }
 
 namespace {
+
+using bbt::CpuKernels;
+using bbt::Prologue;
 
 void succeed(char* error, const std::string& what) {
   expect(error == nullptr, text(what, ": ", error == nullptr ? "" : error));
@@ -20,7 +23,7 @@ Tensor owned(Tensor* tensor) {
 
 struct Layer {
   at::ScalarType x_dtype, dtype;
-  int prologue;
+  Prologue prologue;
   bool clipped;
   // Which of its inputs want gradients, and how many of its outputs are used.
   bool x_grad, weight_grad;
@@ -29,17 +32,18 @@ struct Layer {
 };
 
 void test_layer(const Layer& layer) {
-  const auto what = text("bit_linear ", layer.x_dtype, " ", layer.dtype, " prologue ", layer.prologue, " clipped ",
+  const auto what = text("bit_linear ", layer.x_dtype, " ", layer.dtype, " prologue ", static_cast<int>(layer.prologue), " clipped ",
                          layer.clipped, " grads ", layer.x_grad, layer.weight_grad, " used ", layer.used, " of ",
                          layer.weights, " batch ", layer.batch);
-  const int64_t time = 5, in = 24, width = layer.prologue == 2 ? 2 * in : in;
+  const int64_t time = 5, in = 24, width = layer.prologue == Prologue::kSwiGlu ? 2 * in : in;
   // Another layout than the kernels': [B, T, D] that lies as [T, B, D].
   auto x = at::randn({time, layer.batch, width}).to(layer.x_dtype).transpose(0, 1).set_requires_grad(layer.x_grad);
-  auto norm = at::randn({in}).set_requires_grad(layer.prologue == 1);
+  auto norm = at::randn({in}).set_requires_grad(layer.prologue == Prologue::kRmsNorm);
   const double eps = 1e-5;
   std::vector<Tensor> weights, dys;
   std::vector<TernaryWeight> ternary;
-  std::vector<Tensor*> given;
+  std::vector<const Tensor*> given;
+  std::vector<int64_t> outs;
   for (size_t i = 0; i < layer.weights; ++i) {
     const int64_t out = 16 + 9 * static_cast<int64_t>(i);
     // The second one is frozen.
@@ -48,13 +52,17 @@ void test_layer(const Layer& layer) {
     dys.push_back(at::randn({time, layer.batch, out}).to(layer.dtype).transpose(0, 1));
   }
   for (size_t i = 0; i < layer.weights; ++i) {
-    TernaryWeight& own = ternary[i];
+    const TernaryWeight& own = ternary[i];
+    outs.push_back(own.out);
     given.insert(given.end(), {&weights[i], &own.codes, &own.gamma, own.packed.defined() ? &own.packed : nullptr});
   }
   std::vector<Tensor*> made(layer.weights);
-  const int dtype = layer.dtype == at::kFloat ? 0 : layer.dtype == at::kBFloat16 ? 1 : 2;
+  const auto dtype = layer.dtype == at::kFloat      ? bbt::Dtype::kFloat
+                     : layer.dtype == at::kBFloat16 ? bbt::Dtype::kBFloat16
+                                                    : bbt::Dtype::kHalf;
   Tensor* scales = nullptr;
-  succeed(bbt_bit_linear(3, &x, layer.prologue, layer.prologue == 1 ? &norm : nullptr, eps, given.data(),
+  const Tensor* const norm_weight = layer.prologue == Prologue::kRmsNorm ? &norm : nullptr;
+  succeed(bbt_bit_linear(CpuKernels::kAvx512Vnni, &x, layer.prologue, norm_weight, eps, given.data(), outs.data(),
                          layer.weights, layer.clipped, dtype, made.data(), &scales),
           what);
   std::vector<Tensor> outputs;
@@ -63,8 +71,8 @@ void test_layer(const Layer& layer) {
   // Forward, by the kernels that are tested alone.
   const auto flat_x = x.detach().reshape({-1, width}).contiguous();
   Tensor rstd;
-  const auto rows = layer.prologue == 0   ? kCuda.quantize(flat_x)
-                    : layer.prologue == 1 ? kCuda.rms_norm_quantize(flat_x, norm.detach(), eps, rstd)
+  const auto rows = layer.prologue == Prologue::kNone ? kCuda.quantize(flat_x)
+                    : layer.prologue == Prologue::kRmsNorm ? kCuda.rms_norm_quantize(flat_x, norm.detach(), eps, rstd)
                                           : kCuda.swiglu_quantize(flat_x);
   same(owned(scales), rows.scales, what + ": scales");
   for (size_t i = 0; i < layer.weights; ++i) {
@@ -77,8 +85,8 @@ void test_layer(const Layer& layer) {
   // Backward, in fp64: straight through the roundings.
   auto x64 = exact(x.detach()).set_requires_grad(true), norm64 = exact(norm.detach()).set_requires_grad(true);
   const auto halves = x64.chunk(2, -1);
-  const auto y64 = layer.prologue == 0   ? x64 * 1
-                   : layer.prologue == 1 ? x64 * (x64.square().mean({-1}, true) + eps).rsqrt() * norm64
+  const auto y64 = layer.prologue == Prologue::kNone ? x64 * 1
+                   : layer.prologue == Prologue::kRmsNorm ? x64 * (x64.square().mean({-1}, true) + eps).rsqrt() * norm64
                                          : at::silu(halves[0]) * halves[1];
   Tensor loss, dy64 = at::zeros_like(y64);
   const double tolerance = 8 * std::max(unit(layer.dtype), unit(layer.x_dtype)) + 1e-5;
@@ -88,9 +96,9 @@ void test_layer(const Layer& layer) {
     loss = loss.defined() ? loss + part : part;
     dy64 += exact(dys[i]).matmul(exact(ternary[i].codes) * exact(ternary[i].gamma));
   }
-  isa = 0;
+  chosen = CpuKernels::kPortable;
   loss.backward();
-  expect(isa == 3, what + ": backward's instruction set is forward's");
+  expect(chosen == CpuKernels::kAvx512Vnni, what + ": backward's instruction set is forward's");
   y64.backward(dy64);
   if (layer.x_grad) {
     expect(x.grad().scalar_type() == layer.x_dtype, what + ": dtype of dx");
@@ -98,7 +106,7 @@ void test_layer(const Layer& layer) {
   } else {
     expect(!x.grad().defined(), what + ": no dx");
   }
-  if (layer.prologue == 1) close(norm.grad(), norm64.grad(), tolerance, what + ": dnorm");
+  if (layer.prologue == Prologue::kRmsNorm) close(norm.grad(), norm64.grad(), tolerance, what + ": dnorm");
   for (size_t i = 0; i < layer.weights; ++i) {
     if (!weights[i].requires_grad()) {
       expect(!weights[i].grad().defined(), what + ": no dw");
@@ -112,17 +120,19 @@ void test_layer(const Layer& layer) {
 }
 
 void test_layers() {
-  for (const int prologue : {0, 1, 2}) {
+  for (const auto prologue : {Prologue::kNone, Prologue::kRmsNorm, Prologue::kSwiGlu}) {
     for (const auto x_dtype : kDtypes) {
       for (const auto dtype : kDtypes) test_layer({x_dtype, dtype, prologue, false, true, true, 1, 1, 2});
     }
     test_layer({at::kFloat, at::kBFloat16, prologue, true, true, true, 3, 3, 2});
     test_layer({at::kFloat, at::kFloat, prologue, true, true, true, 3, 1, 2});
     test_layer({at::kFloat, at::kBFloat16, prologue, false, true, false, 2, 2, 2});
-    if (prologue != 0) test_layer({at::kBFloat16, at::kBFloat16, prologue, false, prologue == 2, true, 2, 2, 2});
+    if (prologue != Prologue::kNone) {
+      test_layer({at::kBFloat16, at::kBFloat16, prologue, false, prologue == Prologue::kSwiGlu, true, 2, 2, 2});
+    }
     test_layer({at::kFloat, at::kFloat, prologue, true, true, true, 2, 2, 0});
   }
-  test_layer({at::kFloat, at::kBFloat16, 0, true, false, true, 2, 2, 2});
+  test_layer({at::kFloat, at::kBFloat16, Prologue::kNone, true, false, true, 2, 2, 2});
 }
 
 void test_rope_layer() {
@@ -137,7 +147,7 @@ void test_rope_layer() {
         auto x = wide.narrow(2, 1, heads);
         const auto what = text("rope's layer ", dtype, " ", x.sizes(), " gradient ", gradient);
         Tensor* made = nullptr;
-        succeed(bbt_rope(2, &x, &cos, &sin, &made), what);
+        succeed(bbt_rope(CpuKernels::kAvx512, &x, &cos, &sin, &made), what);
         const auto y = owned(made);
         const auto g = gradient == 0 ? dy.contiguous() : gradient == 1 ? dy : at::ones({}).to(dtype).expand(dy.sizes());
         y.backward(g);
@@ -157,7 +167,7 @@ void test_cross_entropy_layer() {
       auto logits = at::randn({7, 3, v}).to(dtype).transpose(0, 1).set_requires_grad(true);
       auto targets = at::randint(v, {7, 3}, at::kLong).t();
       Tensor* made = nullptr;
-      succeed(bbt_cross_entropy_mean(1, &logits, &targets, &made), what);
+      succeed(bbt_cross_entropy_mean(CpuKernels::kAvx2, &logits, &targets, &made), what);
       const auto loss = owned(made);
       auto logits64 = exact(logits.detach()).set_requires_grad(true);
       const auto loss64 = at::cross_entropy_loss(logits64.reshape({-1, v}), targets.reshape(-1));

@@ -48,7 +48,7 @@ fn a_gpu_that_nvrtc_does_not_know_is_named() {
 }
 
 /// `CXX`, which may be several words (`ccache g++`), as cargo's build scripts take it.
-fn compiler() -> Command {
+pub fn compiler() -> Command {
     let words = std::env::var("CXX").unwrap_or("c++".into());
     let mut words = words.split_whitespace();
     let mut command = Command::new(words.next().unwrap_or("c++"));

@@ -22,4 +22,5 @@ mod python_training;
 mod quality;
 mod resume;
 mod schedules;
+mod shim;
 mod tensorboard;

@@ -38,7 +38,7 @@ fn outputs_and_gradients_are_torchs() {
 
     let vs = nn::VarStore::new(Device::Cpu);
     let quant = QuantConfig { ste: Ste::Clipped, act_ste: ActSte::None, ..QuantConfig::default() };
-    let weight = BitLinear::new(vs.root(), 64, 24, false, &quant).weight.detach();
+    let weight = BitLinear::new(vs.root(), 64, 24, false, &quant).weight().expect("trained").detach();
 
     let [from, to] = ["given.safetensors", "theirs.safetensors"].map(|name| dir.path().join(name));
     Tensor::write_safetensors(&[("x", &x), ("weight", &weight), ("upstream", &upstream)], &from).expect("writes");
@@ -50,11 +50,12 @@ fn outputs_and_gradients_are_torchs() {
     for kernel in [QuantKernel::Auto, QuantKernel::Fused, QuantKernel::Reference] {
         let vs = nn::VarStore::new(Device::Cpu);
         let layer = BitLinear::new(vs.root(), 64, 24, false, &QuantConfig { kernel, ..quant });
-        tch::no_grad(|| layer.weight.shallow_clone().copy_(&weight));
+        let mut trained = layer.weight().expect("trained").shallow_clone();
+        tch::no_grad(|| trained.copy_(&weight));
         let x = x.copy().set_requires_grad(true);
         let y = layer.forward(&x);
         (&y * &upstream).sum(Kind::Float).backward();
-        for (name, ours) in [("y", y.detach()), ("x", x.grad()), ("weight", layer.weight.grad())] {
+        for (name, ours) in [("y", y.detach()), ("x", x.grad()), ("weight", trained.grad())] {
             let difference = relative_difference(&ours, &theirs[name]);
             assert!(difference < 1e-5, "{kernel:?}: {name} differs by {difference}");
         }

@@ -103,3 +103,39 @@ fn an_interrupt_finishes_the_step_and_saves() {
     assert_eq!((summary.completed, summary.finished), (3, false));
     assert!(dir.path().join("ckpt-00000003.pt").exists());
 }
+
+/// Layers of 2^25 multiplications and more, for which `quant.kernel: auto` once timed two implementations in every
+/// process: a busy machine could then make another run of it, and a resumed one go on with the other kernel.
+#[test]
+fn in_processes_of_their_own_with_a_busy_machine_beside_them() {
+    use crate::common::cli::Workspace;
+    use std::sync::atomic::Ordering;
+
+    let ws = Workspace::new();
+    let train = |out: &str, more: &str| {
+        let line = format!(
+            "train --config tiny.yaml --n_layer 1 --d_model 128 --d_ff 512 --seq_len 128 --batch_size 2 --steps 4 \
+             --set train.checkpointing=true --out {out} {more}"
+        );
+        ws.ok(&line);
+    };
+    train("whole", "");
+    let busy = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while busy.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        train("again", "");
+        train("parts", "--set train.stop_at=2");
+        train("parts", "--resume auto");
+        busy.store(false, Ordering::Relaxed);
+    });
+    let read = |run: &str| torch_file::read(&ws.path(run).join("ckpt.pt")).expect("reads");
+    for other in ["again", "parts"] {
+        assert_same_checkpoint(&read("whole"), &read(other), "");
+    }
+}

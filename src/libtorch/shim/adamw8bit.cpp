@@ -24,11 +24,10 @@ using bbt::adamw8bit::Step;
 // Blocks that a task steps at least, which is some ten microseconds.
 constexpr int64_t kTaskBlocks = 32;
 
-// `isa` numbers CpuKernels in cpu_kernels.rs.
-const bbt::adamw8bit::Kernels& kernels(int isa) {
+const bbt::adamw8bit::Kernels& table(bbt::CpuKernels kernels) {
 #if defined(__x86_64__)
-  if (isa >= 2) return bbt::adamw8bit::kAvx512;
-  if (isa == 1) return bbt::adamw8bit::kAvx2;
+  if (kernels >= bbt::CpuKernels::kAvx512) return bbt::adamw8bit::kAvx512;
+  if (kernels == bbt::CpuKernels::kAvx2) return bbt::adamw8bit::kAvx2;
 #endif
   return bbt::adamw8bit::kPortable;
 }
@@ -63,7 +62,7 @@ void check(const Step& step) {
   check(step.found_inf, at::kFloat, 1, "found_inf");
 }
 
-void step_cpu(int isa, const Step& step) {
+void step_cpu(bbt::CpuKernels kernels, const Step& step) {
   if (step.found_inf.item<float>() == 1) return;
   const auto book = [](const Tensor& values, const Tensor& nearest) {
     return CodeBook{values.data_ptr<float>(), nearest.data_ptr<uint8_t>(), nullptr};
@@ -72,11 +71,11 @@ void step_cpu(int isa, const Step& step) {
     return Moment{codes.data_ptr<uint8_t>(), absmax.data_ptr<float>(), book};
   };
   CodeBook first = book(step.values1, step.nearest1), second = book(step.values2, step.nearest2);
-  auto kernel = kernels(isa).step;
+  auto kernel = table(kernels).step;
 #if defined(__x86_64__)
   // Made anew in each step: some 15 microseconds.
   Lookup lookup1, lookup2;
-  if (isa >= 4 && lookup1.cut(first, true) && lookup2.cut(second, false)) {
+  if (kernels >= bbt::CpuKernels::kAvx512Vbmi && lookup1.cut(first, true) && lookup2.cut(second, false)) {
     first.lookup = &lookup1;
     second.lookup = &lookup2;
     kernel = bbt::adamw8bit::kAvx512Vbmi.step;
@@ -105,21 +104,22 @@ void step_cpu(int isa, const Step& step) {
 
 }  // namespace
 
-extern "C" char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* const* grads,
-                               at::Tensor* const* codes1, at::Tensor* const* absmax1, at::Tensor* const* codes2,
-                               at::Tensor* const* absmax2, at::Tensor* const* steps, size_t n,
-                               at::Tensor* const* book1, at::Tensor* const* book2, double lr, double beta1,
-                               double beta2, double weight_decay, double eps, at::Tensor* found_inf) {
+extern "C" char* bbt_adamw8bit(bbt::CpuKernels kernels, const at::Tensor* const* params, const at::Tensor* const* grads,
+                               const at::Tensor* const* codes1, const at::Tensor* const* absmax1,
+                               const at::Tensor* const* codes2, const at::Tensor* const* absmax2,
+                               const at::Tensor* const* steps, size_t n, const at::Tensor* const* book1,
+                               const at::Tensor* const* book2, double lr, double beta1, double beta2,
+                               double weight_decay, double eps, const at::Tensor* found_inf) {
   return bbt::guarded([&] {
     if (n == 0) return;
-    const auto list = [&](at::Tensor* const* tensors) { return bbt::list(tensors, n); };
+    const auto list = [&](const at::Tensor* const* tensors) { return bbt::list(tensors, n); };
     Step step = {list(params),  list(grads), list(codes1), list(absmax1), list(codes2), list(absmax2), list(steps),
                  *book1[0],     *book1[1],   *book2[0],    *book2[1],     *found_inf,   lr,            beta1,
                  beta2,         weight_decay, eps};
     for (Tensor& grad : step.grads) grad = grad.contiguous();
     check(step);
     if (step.params[0].is_cpu()) {
-      step_cpu(isa, step);
+      step_cpu(kernels, step);
     } else if (bbt::adamw8bit::bitsandbytes_found()) {
       bbt::adamw8bit::step_bitsandbytes(step);
     } else {

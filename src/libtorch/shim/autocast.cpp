@@ -5,22 +5,24 @@
 #include <ATen/autocast_mode.h>
 
 namespace {
-at::DeviceType device_type(int device) {
-  return device == 1 ? at::DeviceType::CUDA : at::DeviceType::CPU;
+
+at::DeviceType device_type(bbt::DeviceType device) {
+  return device == bbt::DeviceType::kCuda ? at::DeviceType::CUDA : at::DeviceType::CPU;
 }
+
 }  // namespace
 
 extern "C" void bbt_free_message(char* text) { std::free(text); }
 
-extern "C" char* bbt_autocast_enter(int device, int dtype) {
+extern "C" char* bbt_autocast_enter(bbt::DeviceType device, bbt::Dtype dtype) {
   return bbt::guarded([&] {
-    at::autocast::set_autocast_dtype(device_type(device), dtype == 0 ? at::kHalf : at::kBFloat16);
+    at::autocast::set_autocast_dtype(device_type(device), dtype == bbt::Dtype::kHalf ? at::kHalf : at::kBFloat16);
     at::autocast::set_autocast_enabled(device_type(device), true);
     at::autocast::increment_nesting();
   });
 }
 
-extern "C" char* bbt_autocast_exit(int device) {
+extern "C" char* bbt_autocast_exit(bbt::DeviceType device) {
   return bbt::guarded([&] {
     // Casts of the weights are kept for the outermost region only; past it they would be stale.
     if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
@@ -28,10 +30,11 @@ extern "C" char* bbt_autocast_exit(int device) {
   });
 }
 
-extern "C" char* bbt_autocast_dtype(int device, int* dtype) {
+extern "C" char* bbt_autocast_dtype(bbt::DeviceType device, bbt::Dtype* dtype) {
   return bbt::guarded([&] {
-    *dtype = -1;
+    *dtype = bbt::Dtype::kFloat;
     if (!at::autocast::is_autocast_enabled(device_type(device))) return;
-    *dtype = at::autocast::get_autocast_dtype(device_type(device)) == at::kHalf ? 0 : 1;
+    const bool half = at::autocast::get_autocast_dtype(device_type(device)) == at::kHalf;
+    *dtype = half ? bbt::Dtype::kHalf : bbt::Dtype::kBFloat16;
   });
 }

@@ -21,8 +21,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-enum class Prologue { kNone, kRmsNorm, kSwiGlu };
-
 const Kernels& kernels(const Tensor& tensor) {
   const at::Device device = tensor.device();
   TORCH_CHECK(device.is_cpu() || device.is_cuda(), "no fused kernels on device ", device);
@@ -33,12 +31,14 @@ const Kernels& kernels(const Tensor& tensor) {
 struct BackwardScope {
   BackwardScope(AutogradContext* ctx, const char* name) : no_autocast(c10::autocast_dispatch_keyset) {
     TORCH_CHECK(!at::GradMode::is_enabled(), name, " has no second derivative");
-    use_cpu_kernels(ctx->saved_data["isa"].toInt());
+    use_cpu_kernels(static_cast<CpuKernels>(ctx->saved_data["kernels"].toInt()));
   }
   c10::impl::ExcludeDispatchKeyGuard no_autocast;
 };
 
-void save_isa(AutogradContext* ctx) { ctx->saved_data["isa"] = cpu_kernels_in_use(); }
+void save_kernels(AutogradContext* ctx) {
+  ctx->saved_data["kernels"] = static_cast<int64_t>(cpu_kernels_in_use());
+}
 
 // [..., D] -> [N, D]
 Tensor flat(const Tensor& x) {
@@ -90,10 +90,10 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
     ctx->saved_data["x dtype"] = static_cast<int64_t>(inputs[0].scalar_type());
     ctx->saved_data["prologue"] = static_cast<int64_t>(prologue);
     ctx->saved_data["clipped"] = clipped;
-    save_isa(ctx);
+    save_kernels(ctx);
     variable_list outputs, saved = {rows.codes, rows.scales};
     for (const TernaryWeight& weight : ternary) {
-      size.back() = weight.codes.size(0);
+      size.back() = weight.out;
       outputs.push_back(kernel.product(rows, weight, dtype).view(size));
       saved.insert(saved.end(), {weight.codes, weight.gamma});
     }
@@ -160,7 +160,7 @@ Tensor readable(const Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous();
 struct Rope : torch::autograd::Function<Rope> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin) {
     ctx->save_for_backward({cos, sin});
-    save_isa(ctx);
+    save_kernels(ctx);
     return kernels(x).rope(readable(x), cos, sin, false);
   }
 
@@ -176,7 +176,7 @@ struct CrossEntropyMean : torch::autograd::Function<CrossEntropyMean> {
     const Tensor flat_targets = targets.reshape(-1).contiguous();
     const auto [sum, log_sums] = kernels(logits).cross_entropy(flat(logits), flat_targets);
     ctx->save_for_backward({logits, flat_targets, log_sums});
-    save_isa(ctx);
+    save_kernels(ctx);
     return sum.div(flat_targets.numel());
   }
 
@@ -192,10 +192,10 @@ struct CrossEntropyMean : torch::autograd::Function<CrossEntropyMean> {
 }  // namespace
 }  // namespace bbt::fused
 
-extern "C" char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, at::Tensor** gamma,
-                                    at::Tensor** packed) {
+extern "C" char* bbt_ternary_weight(bbt::CpuKernels kernels, const at::Tensor* w, at::Tensor** codes,
+                                    at::Tensor** gamma, at::Tensor** packed) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(isa);
+    bbt::fused::use_cpu_kernels(kernels);
     const at::NoGradGuard no_grad;
     const auto weight = bbt::fused::kernels(*w).quantize_weight(w->detach().contiguous());
     *codes = new at::Tensor(weight.codes);
@@ -204,40 +204,45 @@ extern "C" char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, 
   });
 }
 
-extern "C" char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor* norm_weight, double eps,
-                                at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs,
+extern "C" char* bbt_bit_linear(bbt::CpuKernels kernels, const at::Tensor* x, bbt::Prologue prologue,
+                                const at::Tensor* norm_weight, double eps, const at::Tensor* const* weights,
+                                const int64_t* outs, size_t n, int clipped, bbt::Dtype dtype, at::Tensor** outputs,
                                 at::Tensor** scales) {
   return bbt::guarded([&] {
     constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
-    bbt::fused::use_cpu_kernels(isa);
+    bbt::fused::use_cpu_kernels(kernels);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     std::vector<at::Tensor> inputs = {*x};
     if (norm_weight != nullptr) inputs.push_back(*norm_weight);
     std::vector<bbt::fused::TernaryWeight> ternary;
+    const auto or_undefined = [](const at::Tensor* tensor) { return tensor == nullptr ? at::Tensor() : *tensor; };
     for (size_t i = 0; i < n; ++i) {
-      at::Tensor* const* weight = weights + 4 * i;
-      inputs.push_back(*weight[0]);
-      ternary.push_back({*weight[1], *weight[2], weight[3] == nullptr ? at::Tensor() : *weight[3]});
+      const at::Tensor* const* weight = weights + 4 * i;
+      TORCH_CHECK(weight[0] != nullptr || !at::GradMode::is_enabled() || !x->requires_grad(),
+                  "a weight that is kept for inference alone has no backward");
+      if (weight[0] != nullptr) inputs.push_back(*weight[0]);
+      ternary.push_back({outs[i], or_undefined(weight[1]), *weight[2], or_undefined(weight[3])});
     }
     at::Tensor of_rows;
-    const auto results =
-        bbt::fused::BitLinear::apply(at::TensorList(inputs), static_cast<bbt::fused::Prologue>(prologue), eps, ternary,
-                                     clipped != 0, kDtypes[dtype], &of_rows);
+    const auto results = bbt::fused::BitLinear::apply(at::TensorList(inputs), prologue, eps, ternary, clipped != 0,
+                                                      kDtypes[static_cast<int>(dtype)], &of_rows);
     for (size_t i = 0; i < n; ++i) outputs[i] = new at::Tensor(results[i]);
     *scales = new at::Tensor(of_rows);
   });
 }
 
-extern "C" char* bbt_rope(int isa, at::Tensor* x, at::Tensor* cos, at::Tensor* sin, at::Tensor** out) {
+extern "C" char* bbt_rope(bbt::CpuKernels kernels, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
+                          at::Tensor** out) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(isa);
+    bbt::fused::use_cpu_kernels(kernels);
     *out = new at::Tensor(bbt::fused::Rope::apply(*x, *cos, *sin));
   });
 }
 
-extern "C" char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, at::Tensor** out) {
+extern "C" char* bbt_cross_entropy_mean(bbt::CpuKernels kernels, const at::Tensor* logits, const at::Tensor* targets,
+                                        at::Tensor** out) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(isa);
+    bbt::fused::use_cpu_kernels(kernels);
     *out = new at::Tensor(bbt::fused::CrossEntropyMean::apply(*logits, *targets));
   });
 }

@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "numbers.h"
+
 #include <utility>
 
 namespace bbt::fused {
@@ -19,7 +21,8 @@ struct Rows {
 
 // A ternary weight: w ~ codes * gamma.
 struct TernaryWeight {
-  at::Tensor codes;   // int8 [out, in], -1, 0 or 1
+  int64_t out;
+  at::Tensor codes;   // int8 [out, in], -1, 0 or 1; undefined where only product() is wanted and `packed` is there
   at::Tensor gamma;   // fp32 []: mean |w|, at least 1e-8
   at::Tensor packed;  // the codes as the device's product() reads them; undefined where those are `codes`
 };
@@ -69,8 +72,8 @@ struct Kernels {
 extern const Kernels kCpu;
 extern const Kernels kCuda;
 
-// Chooses the instruction set of kCpu on this thread, by its number in cpu_kernels.rs.
-void use_cpu_kernels(int64_t isa);
-int64_t cpu_kernels_in_use();
+// Chooses the instruction set of kCpu on this thread.
+void use_cpu_kernels(CpuKernels kernels);
+CpuKernels cpu_kernels_in_use();
 
 }  // namespace bbt::fused

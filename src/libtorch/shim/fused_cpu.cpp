@@ -26,21 +26,21 @@ constexpr int64_t kTaskElements = 1 << 15;
 // Rows whose contributions to a weight's gradient are summed by one task.
 constexpr int64_t kSumRows = 64;
 
-thread_local int64_t isa = 0;
+thread_local CpuKernels chosen = CpuKernels::kPortable;
 
 const rows::Kernels& row_kernels() {
 #if defined(__x86_64__)
-  if (isa >= 2) return rows::kAvx512;
-  if (isa == 1) return rows::kAvx2;
+  if (chosen >= CpuKernels::kAvx512) return rows::kAvx512;
+  if (chosen == CpuKernels::kAvx2) return rows::kAvx2;
 #endif
   return rows::kPortable;
 }
 
 const int8_product::Kernels& product_kernels() {
 #if defined(__x86_64__)
-  if (isa >= 3) return int8_product::kAvx512Vnni;
-  if (isa == 2) return int8_product::kAvx512;
-  if (isa == 1) return int8_product::kAvx2;
+  if (chosen >= CpuKernels::kAvx512Vnni) return int8_product::kAvx512Vnni;
+  if (chosen == CpuKernels::kAvx512) return int8_product::kAvx512;
+  if (chosen == CpuKernels::kAvx2) return int8_product::kAvx2;
 #endif
   return int8_product::kPortable;
 }
@@ -116,7 +116,7 @@ TernaryWeight quantize_weight(const Tensor& w) {
   // Not a number stays so.
   const float gamma = mean < 1e-8f ? 1e-8f : mean;
 
-  TernaryWeight result = {at::empty({out, in}, at::kChar), at::empty({}, at::kFloat), {}};
+  TernaryWeight result = {out, at::empty({out, in}, at::kChar), at::empty({}, at::kFloat), {}};
   int8_t* codes = result.codes.data_ptr<int8_t>();
   *result.gamma.data_ptr<float>() = gamma;
   over_weights(
@@ -192,7 +192,7 @@ Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up) {
 }
 
 Tensor product(const Rows& x, const TernaryWeight& w, at::ScalarType dtype) {
-  const int64_t n = x.codes.size(0), in = x.codes.size(1), out = w.codes.size(0);
+  const int64_t n = x.codes.size(0), in = x.codes.size(1), out = w.out;
   const Tensor result = at::empty({n, out}, dtype);
   const int8_product::Kernels& kernels = product_kernels();
   const int8_product::Problem problem = {
@@ -266,8 +266,8 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
 
 }  // namespace
 
-void use_cpu_kernels(int64_t number) { isa = number; }
-int64_t cpu_kernels_in_use() { return isa; }
+void use_cpu_kernels(CpuKernels kernels) { chosen = kernels; }
+CpuKernels cpu_kernels_in_use() { return chosen; }
 
 const Kernels kCpu = {
     quantize_weight, quantize,   rms_norm_quantize, rms_norm_backward, swiglu_quantize,        swiglu_backward,

@@ -87,7 +87,7 @@ at::Tensor pad(const at::Tensor& matrix, int64_t height, int64_t width) {
 TernaryWeight quantize_weight(const at::Tensor& w) {
   const auto [out, in] = rows("weight", w);
   check("weight", w, w.device(), w.sizes(), at::kFloat);
-  const auto weight = TernaryWeight{at::empty_like(w, at::kChar), at::empty({}, w.options()), {}};
+  const auto weight = TernaryWeight{out, at::empty_like(w, at::kChar), at::empty({}, w.options()), {}};
   const int blocks = cuda::ternary_blocks(out * in);
   const auto partial = at::empty({blocks}, w.options());
   const cuda::Ternary arguments = {w.data_ptr<float>(), partial.data_ptr<float>(), codes(weight.codes),
@@ -95,7 +95,7 @@ TernaryWeight quantize_weight(const at::Tensor& w) {
   cuda::launch(w.device(), "ternary_sum", blocks, cuda::kMaxThreads, &arguments);
   cuda::launch(w.device(), "ternary_round", blocks, cuda::kMaxThreads, &arguments);
   const auto packed = pad(weight.codes, padded(out), padded(in));
-  return {weight.codes, weight.gamma, packed.is_same(weight.codes) ? at::Tensor() : packed};
+  return {out, weight.codes, weight.gamma, packed.is_same(weight.codes) ? at::Tensor() : packed};
 }
 
 Rows quantize(const at::Tensor& x) {
@@ -162,13 +162,14 @@ at::Tensor swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up) {
 at::Tensor product(const Rows& x, const TernaryWeight& w, at::ScalarType dtype) {
   const auto [n, in] = rows("codes", x.codes);
   const auto device = x.codes.device();
-  const int64_t out = w.codes.size(0);
-  check("weight", w.codes, device, {out, in}, at::kChar);
+  const int64_t out = w.out;
   check("scales", x.scales, device, {n}, at::kFloat);
   check("gamma", w.gamma, device, {}, at::kFloat);
   const auto y = at::empty({n, out}, x.scales.options().dtype(dtype));
   if (n == 0) return y;
   const auto& weight = w.packed.defined() ? w.packed : w.codes;
+  const bool as_is = !w.packed.defined();
+  check("weight", weight, device, {as_is ? out : padded(out), as_is ? in : padded(in)}, at::kChar);
   const auto sums = at::_int_mm(pad(x.codes, std::max(n, kFewestRows), weight.size(1)), weight.t());
   const cuda::Rescale arguments = {sums.data_ptr<int>(), x.scales.data_ptr<float>(), w.gamma.data_ptr<float>(),
                                    y.data_ptr(), out, sums.size(1)};

@@ -29,7 +29,7 @@ struct HostCopy {
 
 }  // namespace
 
-extern "C" char* bbt_host_copy_start(at::Tensor* tensor, void** copy) {
+extern "C" char* bbt_host_copy_start(const at::Tensor* tensor, void** copy) {
   return bbt::guarded([&] { *copy = new HostCopy(*tensor); });
 }
 

@@ -43,7 +43,7 @@ extern "C" char* bbt_process_group_shutdown(void* group) {
 
 extern "C" void bbt_process_group_free(void* group) { delete static_cast<bbt::ProcessGroup*>(group); }
 
-extern "C" char* bbt_all_reduce(void* group, at::Tensor* tensor, int max) {
+extern "C" char* bbt_all_reduce(void* group, const at::Tensor* tensor, int max) {
   return bbt::guarded([&] {
     c10d::AllreduceOptions options;
     options.reduceOp = max != 0 ? c10d::ReduceOp::MAX : c10d::ReduceOp::SUM;
@@ -52,18 +52,24 @@ extern "C" char* bbt_all_reduce(void* group, at::Tensor* tensor, int max) {
   });
 }
 
-extern "C" char* bbt_broadcast(void* group, at::Tensor* const* tensors, size_t n, int root) {
+extern "C" char* bbt_broadcast(void* group, const at::Tensor* const* tensors, size_t n, int root) {
   return bbt::guarded([&] {
     c10d::broadcast_coalesced(*static_cast<bbt::ProcessGroup*>(group), bbt::list(tensors, n), kBroadcastBytes, root);
   });
 }
 
-extern "C" char* bbt_all_gather(void* group, at::Tensor* output, at::Tensor* input) {
-  return bbt::guarded([&] { group_of(group)._allgather_base(*output, *input)->wait(); });
+extern "C" char* bbt_all_gather(void* group, const at::Tensor* output, const at::Tensor* input) {
+  return bbt::guarded([&] {
+    at::Tensor to = *output, from = *input;
+    group_of(group)._allgather_base(to, from)->wait();
+  });
 }
 
-extern "C" char* bbt_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input) {
-  return bbt::guarded([&] { group_of(group)._reduce_scatter_base(*output, *input)->wait(); });
+extern "C" char* bbt_reduce_scatter(void* group, const at::Tensor* output, const at::Tensor* input) {
+  return bbt::guarded([&] {
+    at::Tensor to = *output, from = *input;
+    group_of(group)._reduce_scatter_base(to, from)->wait();
+  });
 }
 
 extern "C" char* bbt_barrier(void* group) {

@@ -95,7 +95,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
 }  // namespace
 
 extern "C" char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure,
-                                           at::Tensor* input, at::Tensor** output) {
+                                           const at::Tensor* input, at::Tensor** output) {
   return bbt::guarded([&] {
     auto owned =
         c10::make_intrusive<Closure>(call, drop, closure, AutocastState(input->device().type()));

@@ -18,7 +18,7 @@ Handle& handle_of(void* handle) { return *static_cast<Handle*>(handle); }
 
 }  // namespace
 
-extern "C" char* bbt_reducer_new(void* group, at::Tensor* const* params, size_t n, int64_t bucket_bytes,
+extern "C" char* bbt_reducer_new(void* group, const at::Tensor* const* params, size_t n, int64_t bucket_bytes,
                                  void** reducer) {
   return bbt::guarded([&] {
     auto list = bbt::list(params, n);

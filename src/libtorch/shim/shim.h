@@ -1,8 +1,9 @@
 // The C interface of the wall: what libtorch has and tch does not bind.
 //
-// Conventions. Tensors cross as `at::Tensor*`, which is what tch's `C_tensor*` points to. Every function
-// returns nullptr on success, or a message allocated with malloc that the caller frees with
-// bbt_free_message. No C++ type and no exception crosses this interface.
+// Conventions. Tensors cross as `at::Tensor*`, which is what tch's `C_tensor*` points to. Numbers and enumerations
+// (numbers.h) cross by value. Every function that can fail returns nullptr on success, or a message allocated with malloc
+// that the caller frees with bbt_free_message. No other C++ type and no exception crosses this interface. Each declaration here has one in ffi.rs
+// of the same types, and the other way round: a test sees to it.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +15,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+
+#include "numbers.h"
 
 namespace bbt {
 
@@ -36,7 +39,7 @@ char* guarded(Body&& body) {
   }
 }
 
-inline std::vector<at::Tensor> list(at::Tensor* const* tensors, size_t n) {
+inline std::vector<at::Tensor> list(const at::Tensor* const* tensors, size_t n) {
   std::vector<at::Tensor> out;
   out.reserve(n);
   for (size_t i = 0; i < n; ++i) out.push_back(*tensors[i]);
@@ -53,65 +56,77 @@ typedef void (*bbt_drop)(void* closure);
 
 void bbt_free_message(char* text);
 
-// autocast.cpp. `device`: 0 CPU, 1 CUDA. `dtype`: 0 fp16, 1 bf16.
-char* bbt_autocast_enter(int device, int dtype);
-char* bbt_autocast_exit(int device);
-// `*dtype` is -1 where autocast is off.
-char* bbt_autocast_dtype(int device, int* dtype);
+// autocast.cpp. `dtype`: kBFloat16 or kHalf.
+char* bbt_autocast_enter(bbt::DeviceType device, bbt::Dtype dtype);
+char* bbt_autocast_exit(bbt::DeviceType device);
+// `*dtype` is kFloat where autocast is off.
+char* bbt_autocast_dtype(bbt::DeviceType device, bbt::Dtype* dtype);
 
 // recompute.cpp. Takes ownership of `closure`, also when it fails.
-char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure, at::Tensor* input,
+char* bbt_recompute_in_backward(bbt_recompute call, bbt_drop drop, void* closure, const at::Tensor* input,
                                 at::Tensor** output);
 
-// attention.cpp. `isa`: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, 4 AVX-512 with bf16.
-char* bbt_causal_attention(int isa, at::Tensor* q, at::Tensor* k, at::Tensor* v, at::Tensor** out);
+// attention.cpp
+char* bbt_causal_attention(bbt::CpuKernels kernels, const at::Tensor* q, const at::Tensor* k, const at::Tensor* v,
+                           at::Tensor** out);
 
-// fused.cpp. `isa` is as above; other devices have no use for it.
+// fused.cpp. `kernels`: those of the CPU; other devices have no use for it.
 // `*codes`, `*gamma`, `*packed`: new tensors; `*packed` may stay nullptr.
-char* bbt_ternary_weight(int isa, at::Tensor* w, at::Tensor** codes, at::Tensor** gamma, at::Tensor** packed);
-// `prologue`: 0 none, 1 RMSNorm with `norm_weight` and `eps`, 2 SwiGLU. `weights` holds `n` weights, each of them as
-// the tensor that the gradient is of, its codes, its gamma, and packed or nullptr. `dtype`: 0 fp32, 1 bf16, 2 fp16.
+char* bbt_ternary_weight(bbt::CpuKernels kernels, const at::Tensor* w, at::Tensor** codes, at::Tensor** gamma,
+                         at::Tensor** packed);
+// kRmsNorm has `norm_weight` and `eps`; else they are not read. `weights` holds four tensors for each of `n` weights: the
+// one that the gradient is of, its codes, its gamma, and packed or nullptr. For inference alone the first may be nullptr,
+// and the second, too, where there is a third and fourth: a weight is then `outs[i]` rows. `dtype`: of the outputs.
 // `outputs`: room for `n` new tensors, `scales` for one: those of the activations' rows.
-char* bbt_bit_linear(int isa, at::Tensor* x, int prologue, at::Tensor* norm_weight, double eps,
-                     at::Tensor* const* weights, size_t n, int clipped, int dtype, at::Tensor** outputs,
-                     at::Tensor** scales);
-char* bbt_rope(int isa, at::Tensor* x, at::Tensor* cos, at::Tensor* sin, at::Tensor** out);
-char* bbt_cross_entropy_mean(int isa, at::Tensor* logits, at::Tensor* targets, at::Tensor** out);
+char* bbt_bit_linear(bbt::CpuKernels kernels, const at::Tensor* x, bbt::Prologue prologue,
+                     const at::Tensor* norm_weight, double eps, const at::Tensor* const* weights, const int64_t* outs,
+                     size_t n, int clipped, bbt::Dtype dtype, at::Tensor** outputs, at::Tensor** scales);
+char* bbt_rope(bbt::CpuKernels kernels, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
+               at::Tensor** out);
+char* bbt_cross_entropy_mean(bbt::CpuKernels kernels, const at::Tensor* logits, const at::Tensor* targets,
+                             at::Tensor** out);
 
-// grad.cpp. How often the tensor was written to in place.
-char* bbt_tensor_version(at::Tensor* tensor, int64_t* version);
+// grad.cpp. How often the tensor was written to in place; one write more for each of several; whether this thread
+// records operations for backward.
+char* bbt_tensor_version(const at::Tensor* tensor, int64_t* version);
+char* bbt_mark_written(const at::Tensor* const* tensors, size_t n);
+int bbt_is_grad_enabled();
 
-// host_copy.cpp. A handle `void*`, freed with `_free`.
+// cuda_graph.cpp. A handle `void*`, freed with `_free`.
 char* bbt_cuda_graph_begin(int device, void** graph);
 char* bbt_cuda_graph_end(void* graph);
 char* bbt_cuda_graph_replay(void* graph);
 void bbt_cuda_graph_free(void* graph);
 
-char* bbt_host_copy_start(at::Tensor* tensor, void** copy);
+// host_copy.cpp. A handle `void*`, freed with `_free`.
+char* bbt_host_copy_start(const at::Tensor* tensor, void** copy);
 char* bbt_host_copy_wait(void* copy, at::Tensor** tensor);
 void bbt_host_copy_free(void* copy);
 
 // foreach.cpp
-char* bbt_fused_adamw(at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* exp_avgs,
-                      at::Tensor* const* exp_avg_sqs, at::Tensor* const* steps, size_t n, double lr,
-                      double beta1, double beta2, double weight_decay, double eps, at::Tensor* found_inf);
-char* bbt_foreach_norms(at::Tensor* const* tensors, size_t n, at::Tensor** norms);
-char* bbt_foreach_mul(at::Tensor* const* tensors, size_t n, at::Tensor* factor);
-char* bbt_amp_unscale(at::Tensor* const* grads, size_t n, at::Tensor* found_inf, at::Tensor* inverse_scale);
+char* bbt_fused_adamw(const at::Tensor* const* params, const at::Tensor* const* grads,
+                      const at::Tensor* const* exp_avgs, const at::Tensor* const* exp_avg_sqs,
+                      const at::Tensor* const* steps, size_t n, double lr, double beta1, double beta2,
+                      double weight_decay, double eps, const at::Tensor* found_inf);
+char* bbt_foreach_norms(const at::Tensor* const* tensors, size_t n, at::Tensor** norms);
+char* bbt_foreach_mul(const at::Tensor* const* tensors, size_t n, const at::Tensor* factor);
+char* bbt_amp_unscale(const at::Tensor* const* grads, size_t n, const at::Tensor* found_inf,
+                      const at::Tensor* inverse_scale);
 
-// adamw8bit.cpp. `isa` is as above. Lists of `n` tensors on one device: uint8 `codes`, fp32 `absmax` of the first and
+// adamw8bit.cpp. Lists of `n` tensors on one device: uint8 `codes`, fp32 `absmax` of the first and
 // the second moment. A book is two tensors, as in kernels/cpu/adamw8bit.h.
-char* bbt_adamw8bit(int isa, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* codes1,
-                    at::Tensor* const* absmax1, at::Tensor* const* codes2, at::Tensor* const* absmax2,
-                    at::Tensor* const* steps, size_t n, at::Tensor* const* book1, at::Tensor* const* book2, double lr,
-                    double beta1, double beta2, double weight_decay, double eps, at::Tensor* found_inf);
+char* bbt_adamw8bit(bbt::CpuKernels kernels, const at::Tensor* const* params, const at::Tensor* const* grads,
+                    const at::Tensor* const* codes1, const at::Tensor* const* absmax1, const at::Tensor* const* codes2,
+                    const at::Tensor* const* absmax2, const at::Tensor* const* steps, size_t n,
+                    const at::Tensor* const* book1, const at::Tensor* const* book2, double lr, double beta1,
+                    double beta2, double weight_decay, double eps, const at::Tensor* found_inf);
 
 // bitsandbytes.cpp. Where bitsandbytes' kernel is used on CUDA: `*path`, the library that has it; else `*why` not. The
 // other one is nullptr; what is not is freed with bbt_free_message.
 char* bbt_bitsandbytes(char** path, char** why);
 
 // grad.cpp. Makes `grad` the gradient of `tensor`.
-char* bbt_set_grad(at::Tensor* tensor, at::Tensor* grad);
+char* bbt_set_grad(const at::Tensor* tensor, const at::Tensor* grad);
 
 // store.cpp. A handle `void*` stands for a c10d object; `_free` drops it. Times in milliseconds. Keys are put
 // behind `prefix` where it is not empty. With `is_server` this process holds the store; port 0: any free one.
@@ -131,15 +146,15 @@ char* bbt_process_group_new(void* store, int rank, int size, int nccl, int cuda_
 char* bbt_process_group_shutdown(void* group);
 void bbt_process_group_free(void* group);
 // The sum over ranks, or the largest; in place.
-char* bbt_all_reduce(void* group, at::Tensor* tensor, int max);
-char* bbt_broadcast(void* group, at::Tensor* const* tensors, size_t n, int root);
+char* bbt_all_reduce(void* group, const at::Tensor* tensor, int max);
+char* bbt_broadcast(void* group, const at::Tensor* const* tensors, size_t n, int root);
 // `output` is as many times as long as `input` as there are ranks; reduce_scatter (sum): the other way round.
-char* bbt_all_gather(void* group, at::Tensor* output, at::Tensor* input);
-char* bbt_reduce_scatter(void* group, at::Tensor* output, at::Tensor* input);
+char* bbt_all_gather(void* group, const at::Tensor* output, const at::Tensor* input);
+char* bbt_reduce_scatter(void* group, const at::Tensor* output, const at::Tensor* input);
 char* bbt_barrier(void* group);
 
 // reducer.cpp
-char* bbt_reducer_new(void* group, at::Tensor* const* params, size_t n, int64_t bucket_bytes, void** reducer);
+char* bbt_reducer_new(void* group, const at::Tensor* const* params, size_t n, int64_t bucket_bytes, void** reducer);
 void bbt_reducer_free(void* reducer);
 char* bbt_reducer_rebuild_buckets(void* reducer);
 char* bbt_reducer_prepare_for_forward(void* reducer);
