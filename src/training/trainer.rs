@@ -74,7 +74,7 @@ pub enum TrainError {
     /// The model is too large for the device.
     #[error(
         "training this model needs about {} on {device} ({} for weights, gradients and optimizer of {parameters} parameters, {} for activations), but {} are free: make model.d_model, model.n_layer, train.batch_size or data.seq_len smaller{}",
-        gib(needed.state + needed.activations), gib(needed.state), gib(needed.activations), gib(*free),
+        gib(needed.state.saturating_add(needed.activations)), gib(needed.state), gib(needed.activations), gib(*free),
         if *checkpointing { "" } else { ", or set train.checkpointing" }
     )]
     Memory {

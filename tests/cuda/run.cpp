@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "../../src/libtorch/shim/numbers.h"
+
 // One translation unit: libtorch's headers are most of what the compiler reads. The emulation's tensors are the CPU's,
 // for which fused.cpp is to take the table of CUDA.
 #define kCpu kCuda
