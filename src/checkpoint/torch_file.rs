@@ -5,22 +5,21 @@
 //! Files are memory-mapped: tensors read from one are parts of it until they are copied.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, Cursor, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::{CheckpointError, Storage, Value, pickle};
 use crate::utils::atomic::write_atomic;
+use crate::utils::mapped::MappedFile;
 
 /// Part of a mapped file.
 struct MapRange {
-    map: Arc<Mmap>,
+    map: Arc<MappedFile>,
     range: Range<usize>,
 }
 
@@ -31,16 +30,9 @@ impl AsRef<[u8]> for MapRange {
 }
 
 /// Maps `path` into memory.
-pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
-    let error = |source| CheckpointError::Read { path: path.into(), source };
-    // Before it is opened: opening a pipe waits for its writer.
-    if !path.metadata().map_err(error)?.is_file() {
-        return Err(CheckpointError::content(path, "is no file: name a checkpoint"));
-    }
-    let file = File::open(path).map_err(error)?;
-    // SAFETY: the map is only read. Checkpoints are replaced by renaming, never changed in place, by us and
-    // by PyTorch; a file that somebody truncates meanwhile ends the process, as it would any mapped reader.
-    let map = unsafe { Mmap::map(&file) }.map_err(error)?;
+pub(super) fn map(path: &Path) -> Result<Arc<MappedFile>, CheckpointError> {
+    // Checkpoints are replaced by renaming, never changed in place, by us and by PyTorch.
+    let map = MappedFile::open(path).map_err(|source| CheckpointError::Read { path: path.into(), source })?;
     Ok(Arc::new(map))
 }
 
