@@ -51,7 +51,8 @@ enum Optim {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    if args.output.exists() && !args.allow_overwrite {
+    // A link to nothing exists, too.
+    if args.output.symlink_metadata().is_ok() && !args.allow_overwrite {
         anyhow::bail!("{} exists: give --allow-overwrite, or another name", args.output.display());
     }
     let dtype = args.dtype.map(|dtype| match dtype {
@@ -64,6 +65,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Optim::Adamw8bit => OptimizerName::AdamW8bit,
     });
     convert(&args.input, &args.output, dtype, optim)?;
-    eprintln!("wrote {}", args.output.display());
+    super::note(&format!("wrote {}", args.output.display()));
     Ok(())
 }

@@ -76,7 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let device = device(args.device)?;
     let set = data::open(&args.data).context("--data")?;
-    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
+    let model = super::checkpoint(&args.ckpt, |path| load_for_inference(path, device))?;
     let documents = sample(set.as_ref(), args.max_bytes);
     let total: u64 = documents.iter().map(|d| d.len() as u64 - 1).sum();
     if total == 0 {

@@ -73,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError("the prompt is empty: give at least one byte to continue".into()).into());
     }
     let device = device(args.device)?;
-    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
+    let model = super::checkpoint(&args.ckpt, |path| load_for_inference(path, device))?;
     let sampling = Sampling {
         temperature: args.temperature,
         top_k: args.top_k.map(|k| k as usize),
@@ -98,7 +98,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         writeln!(out, "{}", serde_json::json!({ "bytes": bytes, "bytes_per_second": bytes_per_second }))?;
     } else {
         writeln!(out)?;
-        eprintln!("{bytes_per_second:.0} bytes per second");
+        super::note(&format!("{bytes_per_second:.0} bytes per second"));
     }
     Ok(())
 }

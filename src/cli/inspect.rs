@@ -31,8 +31,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match extension {
         Some("safetensors") => safetensors(out, path),
         Some("pt" | "pth" | "ckpt") => checkpoint(out, path),
-        _ => match path.is_dir().then(|| RunDir::new(path).newest()).flatten() {
-            Some(newest) => checkpoint(out, &newest),
+        _ => match path.is_dir().then(|| RunDir::new(path).checkpoints()).filter(|found| !found.is_empty()) {
+            Some(_) => {
+                let newest = super::checkpoint(path, |path| torch_file::read(path).map(|_| path.to_path_buf()))?;
+                checkpoint(out, &newest)
+            }
             None => shards(out, path),
         },
     }

@@ -1,7 +1,7 @@
 //! `bbt train`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
+use super::{Newest, UsageError};
 use crate::checkpoint::TrainingCheckpoint;
-use crate::launch::RankEnv;
+use crate::config::OnUsr1;
+use crate::launch::{RankEnv, Signal, SignalListener};
 use crate::libtorch::exit_at_once;
-use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_ddp};
+use crate::training::{Ddp, RunDir, RunDirError, Start, TrainError, Trainer, Verdict, setup_ddp};
 
 /// Train a model, or continue training it
 ///
@@ -27,7 +28,8 @@ use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_dd
 ///   torchrun --no-python --nproc-per-node=8 bbt train --config configs/base.yaml --ddp
 ///
 /// The run directory (--out) gets checkpoints, config.yaml, metrics.jsonl and TensorBoard event
-/// files. Ctrl-C finishes the step, saves, and says how to resume; a second one exits at once.
+/// files; beside --out models/a.pt they are called a-00000500.pt, a.config.yaml, a.metrics.jsonl and a.tb/.
+/// Ctrl-C finishes the step, saves, and says how to resume; a second one exits at once.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -91,24 +93,31 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
 
 fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     let layers = args.config.layers()?;
-    let out = layers.given()?.train.out;
-    let run = RunDir::new(&out);
+    let given = layers.given()?.train;
     let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
-    let (start, checkpoint) = match main {
+    let restarted = ddp.is_some_and(|ddp| ddp.restarted());
+    let (interrupt, save) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    // From here on, since a warning would end a process that does not listen.
+    let _warnings = listen_for_warnings(match given.on_usr1 {
+        OnUsr1::Save => save.clone(),
+        OnUsr1::Stop => interrupt.clone(),
+    })?;
+
+    let run = RunDir::new(&given.out);
+    // The process that a launcher has ended may take a moment to be gone.
+    let patience = if restarted { RESTART } else { Duration::ZERO };
+    // Before the run is looked at: what another process trains changes meanwhile.
+    let mut lock = if main { run.lock(patience)? } else { None };
+    let (begin, checkpoint) = match main {
         true => {
-            let start = start(args, &run, ddp.is_some_and(|ddp| ddp.restarted()))?;
-            let checkpoint = match &start {
-                Start::Fresh => None,
-                Start::Init(path) | Start::Resume { path, .. } => {
-                    let checkpoint = TrainingCheckpoint::open(path)?;
-                    Some((checkpoint.model_config().clone(), *checkpoint.quant_config()))
-                }
-            };
-            (start, Some(checkpoint))
+            let begin = start(args, &run, restarted)?;
+            let shape = begin.checkpoint.as_ref().map(|c| (c.model_config().clone(), *c.quant_config()));
+            (begin, Some(shape))
         }
         // The checkpoint is rank 0's to read.
-        false => (Start::Fresh, None),
+        false => (Begin::default(), None),
     };
+    let Begin { start, checkpoint: _, damaged } = begin;
     let checkpoint = match ddp {
         Some(ddp) => ddp.share("checkpoint", checkpoint)?,
         None => checkpoint.flatten(),
@@ -122,37 +131,56 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     };
     let resumed = trainer.progress().completed;
     if let Start::Resume { path, .. } = &start {
-        eprintln!("resuming from {} at step {resumed} of {total}", path.display());
+        let best = if *path == run.best() { " (the best: the run has no newer one)" } else { "" };
+        super::note(&format!("resuming from {} at step {resumed} of {total}{best}", path.display()));
     }
     if resumed >= total {
         if main {
-            eprintln!("all {total} steps are done: raise --steps to go on, or choose another --out");
+            super::note(&format!("all {total} steps are done: raise --steps to go on, or choose another --out"));
         }
         return Ok(());
     }
     // Continuing elsewhere is a new run there.
-    let continued = matches!(&start, Start::Resume { path, .. } if lies_in(path, run.dir()));
-    if main && !continued {
-        // What a restarted run finds without a checkpoint is what it began itself.
-        run.create(args.allow_overwrite || ddp.is_some_and(|ddp| ddp.restarted()))?;
+    let continued = matches!(&start, Start::Resume { path, .. } if run.owns(path));
+    if main {
+        if lock.is_none() {
+            run.ensure()?;
+            lock = run.lock(patience)?;
+        }
+        if !continued {
+            // What a restarted run finds without a checkpoint is what it began itself.
+            run.create(args.allow_overwrite || restarted).map_err(|error| match error {
+                RunDirError::Exists { out, found } if args.resume.is_some() && start == Start::Fresh => anyhow!(
+                    "{} holds {found} of a run, but no checkpoint to resume from: add --allow-overwrite to begin anew, or \
+                     choose another --out",
+                    out.display()
+                ),
+                error => error.into(),
+            })?;
+        }
+        for path in damaged {
+            run.set_aside(&path)?;
+        }
     }
 
-    let interrupt = Arc::new(AtomicBool::new(false));
     let same_signal = if ddp.is_some() { SAME_SIGNAL } else { Duration::ZERO };
-    listen(interrupt.clone(), same_signal, main)?;
+    let _listener = listen(interrupt.clone(), same_signal, main)?;
 
     let mut progress = TrainProgress::new(total, resumed);
+    trainer.save_at(save);
     let summary = trainer.train(&mut progress, &interrupt);
     progress.finish();
     let summary = summary?;
+    drop(lock);
     if !main {
         return Ok(());
     }
     if summary.finished {
-        eprintln!("done: {} steps, {}", summary.completed, summary.checkpoint.display());
+        super::note(&format!("done: {} steps, {}", summary.completed, summary.checkpoint.display()));
     } else {
-        eprintln!("stopped after step {} of {total}, saved {}", summary.completed, summary.checkpoint.display());
-        eprintln!("to go on: {}", trainer.resume_command());
+        let (completed, checkpoint) = (summary.completed, summary.checkpoint.display());
+        super::note(&format!("stopped after step {completed} of {total}, saved {checkpoint}"));
+        super::note(&format!("to go on: {}", trainer.resume_command()));
     }
     Ok(())
 }
@@ -161,57 +189,79 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
 /// gets within this time is the same one.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
+/// How long a restarted run waits for the process before it to be gone.
+const RESTART: Duration = Duration::from_secs(10);
+
+/// A signal by which a cluster warns of the end of a job's time sets `request`.
+fn listen_for_warnings(request: Arc<AtomicBool>) -> anyhow::Result<SignalListener> {
+    SignalListener::start(&[Signal::SIGUSR1, Signal::SIGUSR2], move |_| request.store(true, Ordering::SeqCst))
+        .context("cannot listen for SIGUSR1")
+}
+
 /// The first signal sets `interrupt`; a second one, later than `same_signal`, ends the process.
-fn listen(interrupt: Arc<AtomicBool>, same_signal: Duration, speak: bool) -> anyhow::Result<()> {
+fn listen(interrupt: Arc<AtomicBool>, same_signal: Duration, speak: bool) -> anyhow::Result<SignalListener> {
     let mut first: Option<Instant> = None;
-    ctrlc::set_handler(move || match first {
+    SignalListener::start(&SignalListener::ENDING, move |_| match first {
         Some(first) if first.elapsed() > same_signal => exit_at_once(130),
         Some(_) => {}
         None => {
             first = Some(Instant::now());
             interrupt.store(true, Ordering::SeqCst);
             if speak {
-                eprintln!("\nfinishing the step, then saving; once more to exit at once");
+                super::note("\nfinishing the step, then saving; once more to exit at once");
             }
         }
     })
     .context("cannot listen for Ctrl-C")
 }
 
-/// Whether the file at `path` is one of the directory `dir`, however both are spelled.
-fn lies_in(path: &Path, dir: &Path) -> bool {
-    match (path.canonicalize(), dir.canonicalize()) {
-        (Ok(path), Ok(dir)) => path.parent() == Some(dir.as_path()),
-        _ => false,
+/// Where a run starts.
+struct Begin {
+    start: Start,
+    /// What it starts from.
+    checkpoint: Option<TrainingCheckpoint>,
+    /// Newer checkpoints than that, which are damaged.
+    damaged: Vec<PathBuf>,
+}
+
+impl Default for Begin {
+    fn default() -> Self {
+        Self { start: Start::Fresh, checkpoint: None, damaged: vec![] }
     }
 }
 
 /// Where the run starts, as the flags say; a run that a launcher has restarted starts where it was.
-fn start(args: &Args, run: &RunDir, restarted: bool) -> Result<Start, UsageError> {
-    if restarted && let Some(path) = run.newest() {
-        return Ok(Start::Resume { path, optimizer_state: true });
+fn start(args: &Args, run: &RunDir, restarted: bool) -> anyhow::Result<Begin> {
+    let open = TrainingCheckpoint::open;
+    let newest = |run: &RunDir, optimizer_state| -> anyhow::Result<Option<Begin>> {
+        let found = super::newest_whole(run, open)?;
+        Ok(found.map(|Newest { path, content, damaged }| Begin {
+            start: Start::Resume { path, optimizer_state },
+            checkpoint: Some(content),
+            damaged,
+        }))
+    };
+    if restarted && let Some(begin) = newest(run, true)? {
+        return Ok(begin);
     }
     if let Some(path) = &args.init {
-        return Ok(Start::Init(path.clone()));
+        return Ok(Begin { start: Start::Init(path.clone()), checkpoint: Some(open(path)?), damaged: vec![] });
     }
-    let Some(resume) = &args.resume else { return Ok(Start::Fresh) };
+    let Some(resume) = &args.resume else { return Ok(Begin::default()) };
     let optimizer_state = !args.no_opt_state;
     if resume.as_os_str() == "auto" {
         if args.allow_overwrite && run.newest().is_some() {
             return Err(UsageError(
                 "--resume auto continues the run that --allow-overwrite would replace: give one of them".into(),
-            ));
+            )
+            .into());
         }
-        return Ok(match run.newest() {
-            Some(path) => Start::Resume { path, optimizer_state },
-            None => Start::Fresh,
-        });
+        return Ok(newest(run, optimizer_state)?.unwrap_or_default());
     }
-    let path = match resume.is_dir() {
-        true => RunDir::new(resume)
-            .newest()
-            .ok_or_else(|| UsageError(format!("--resume {}: the directory holds no checkpoint", resume.display())))?,
-        false => resume.clone(),
-    };
-    Ok(Start::Resume { path, optimizer_state })
+    if resume.is_dir() {
+        let begin = newest(&RunDir::new(resume), optimizer_state)?;
+        return begin.ok_or_else(|| UsageError(format!("--resume: {}", RunDir::new(resume).no_checkpoint())).into());
+    }
+    let checkpoint = Some(open(resume)?);
+    Ok(Begin { start: Start::Resume { path: resume.clone(), optimizer_state }, checkpoint, damaged: vec![] })
 }
