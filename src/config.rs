@@ -529,10 +529,22 @@ pub struct TrainConfig {
     pub keep: usize,
     /// End after this step, saved, as an interruption would; schedules still span `steps`.
     pub stop_at: Option<u64>,
+    /// What SIGUSR1 and SIGUSR2 do, by which clusters warn of the end of a job's time.
+    pub on_usr1: OnUsr1,
     /// Give up after so many steps in a row with a loss or gradient that is not finite.
     pub max_nonfinite: u64,
     /// Run directory, or a `.pt` file in it.
     pub out: PathBuf,
+}
+
+/// What a run does at SIGUSR1 or SIGUSR2, after the step at hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnUsr1 {
+    /// Save and go on.
+    Save,
+    /// Save and end.
+    Stop,
 }
 
 /// Precision of the matrix products.
@@ -566,6 +578,7 @@ impl Default for TrainConfig {
             save_every: 500,
             keep: 3,
             stop_at: None,
+            on_usr1: OnUsr1::Save,
             max_nonfinite: 20,
             out: "runs/bbt".into(),
         }

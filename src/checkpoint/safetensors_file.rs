@@ -9,6 +9,7 @@ use safetensors::tensor::{SafeTensors, View};
 use super::torch_file::map;
 use super::{CheckpointError, Dtype, Storage, TensorData};
 use crate::utils::atomic::write_bytes;
+use crate::utils::mapped::MappedFile;
 
 /// Tensors by name, and the file's metadata.
 pub type Contents = (BTreeMap<String, TensorData>, HashMap<String, String>);
@@ -43,7 +44,7 @@ pub fn read(path: &Path) -> Result<Contents, CheckpointError> {
 
 /// Part of a mapped file.
 struct Part {
-    map: std::sync::Arc<memmap2::Mmap>,
+    map: std::sync::Arc<MappedFile>,
     at: usize,
     len: usize,
 }

@@ -5,23 +5,21 @@
 //! Files are memory-mapped: tensors read from one are parts of it until they are copied.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
 use std::io::{self, Cursor, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::{CheckpointError, Storage, Value, pickle};
 use crate::utils::atomic::write_atomic;
+use crate::utils::mapped::MappedFile;
 
 /// Part of a mapped file.
 struct MapRange {
-    map: Arc<Mmap>,
+    map: Arc<MappedFile>,
     range: Range<usize>,
 }
 
@@ -32,33 +30,13 @@ impl AsRef<[u8]> for MapRange {
 }
 
 /// Maps `path` into memory.
-pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
-    let error = |source| CheckpointError::Read { path: path.into(), source };
-    // Before it is opened: opening a pipe waits for its writer.
-    let metadata = path.metadata().map_err(error)?;
-    if let Some(kind) = kind_of_no_file(&metadata) {
-        return Err(CheckpointError::content(path, format!("is {kind}, no file: name a checkpoint")));
-    }
-    if metadata.len() == 0 {
+pub(super) fn map(path: &Path) -> Result<Arc<MappedFile>, CheckpointError> {
+    // Checkpoints are replaced by renaming, never changed in place, by us and by PyTorch.
+    let map = MappedFile::open(path).map_err(|source| CheckpointError::Read { path: path.into(), source })?;
+    if map.is_empty() {
         return Err(CheckpointError::content(path, "is empty: no checkpoint"));
     }
-    let file = File::open(path).map_err(error)?;
-    // SAFETY: the map is only read. Checkpoints are replaced by renaming, never changed in place, by us and
-    // by PyTorch; a file that somebody truncates meanwhile ends the process, as it would any mapped reader.
-    let map = unsafe { Mmap::map(&file) }.map_err(error)?;
     Ok(Arc::new(map))
-}
-
-/// What a path names that is no regular file, in words.
-fn kind_of_no_file(metadata: &Metadata) -> Option<&'static str> {
-    let kind = metadata.file_type();
-    match kind {
-        _ if kind.is_file() => None,
-        _ if kind.is_dir() => Some("a directory"),
-        _ if kind.is_fifo() => Some("a pipe"),
-        _ if kind.is_socket() => Some("a socket"),
-        _ => Some("a device"),
-    }
 }
 
 /// How a file holds a checkpoint, as its first bytes say; its name does not count.

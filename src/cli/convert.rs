@@ -54,7 +54,8 @@ enum Optim {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    if args.output.exists() && !args.allow_overwrite {
+    // A link to nothing exists, too.
+    if args.output.symlink_metadata().is_ok() && !args.allow_overwrite {
         anyhow::bail!("{} exists: give --allow-overwrite, or another name", args.output.display());
     }
     let dtype = args.dtype.map(|dtype| match dtype {
@@ -68,8 +69,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     });
     let checkpoint = args.model.open(&args.input)?;
     for name in convert(&checkpoint, &args.output, dtype, optim)? {
-        eprintln!("left out {name}: bbt cannot write it");
+        super::note(&format!("left out {name}: bbt cannot write it"));
     }
-    eprintln!("wrote {}", args.output.display());
+    super::note(&format!("wrote {}", args.output.display()));
     Ok(())
 }

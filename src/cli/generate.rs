@@ -105,7 +105,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         writeln!(out, "{}", serde_json::json!({ "bytes": bytes, "bytes_per_second": bytes_per_second }))?;
     } else {
         writeln!(out)?;
-        eprintln!("{bytes_per_second:.0} bytes per second");
+        super::note(&format!("{bytes_per_second:.0} bytes per second"));
     }
     Ok(())
 }

@@ -30,8 +30,12 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (path, out) = (&args.path, &mut super::stdout());
     if path.is_dir() {
-        return match RunDir::new(path).newest() {
-            Some(newest) => checkpoint(out, &newest),
+        if RunDir::new(path).checkpoints().is_empty() {
+            return shards(out, path);
+        }
+        let newest = super::checkpoint(path, |path| torch_file::read(path).map(|_| path.to_path_buf()))?;
+        return checkpoint(out, &newest);
+    }
             None => shards(out, path),
         };
     }

@@ -22,6 +22,7 @@ use std::io::{self, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -30,7 +31,7 @@ use crate::config::{ActQuant, ConfigError, ModelConfig};
 use crate::data::DataError;
 use crate::launch::{EnvError, LaunchError};
 use crate::libtorch::{self, CpuKernels};
-use crate::training::{RunDir, RunDirError};
+use crate::training::RunDir;
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
 #[derive(Parser)]
@@ -88,6 +89,10 @@ pub fn main() -> ExitCode {
     };
     set_up_logging();
     panic::note_places();
+    if let Err(error) = survive_file_size_limit() {
+        say(&format!("cannot listen for SIGXFSZ: {error}"));
+        return ExitCode::FAILURE;
+    }
     let result = catch_unwind(AssertUnwindSafe(|| run(cli.command)));
     let error = match result {
         Ok(Ok(())) => return ExitCode::SUCCESS,
@@ -102,6 +107,12 @@ pub fn main() -> ExitCode {
     ExitCode::from(status(&error))
 }
 
+/// Makes a write beyond the limit of a file's size (`ulimit -f`) an error, which has a message: by itself the signal ends
+/// the process.
+fn survive_file_size_limit() -> io::Result<()> {
+    signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
+}
+
 /// A message of failure on stderr.
 fn say(message: &str) {
     let red = if io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
@@ -109,7 +120,13 @@ fn say(message: &str) {
     } else {
         ("", "")
     };
-    eprintln!("{}bbt:{} {message}", red.0, red.1);
+    note(&format!("{}bbt:{} {message}", red.0, red.1));
+}
+
+/// A line on stderr for a person to read. Where stderr cannot be written (a full disk, a pipe that nobody reads) the
+/// command goes on: a remark decides nothing.
+fn note(message: &str) {
+    let _ = io::stderr().write_all(format!("{message}\n").as_bytes());
 }
 
 /// The exit status for a failure: that of a launched rank, 2 where the user asked for what cannot be, else 1.
@@ -161,6 +178,8 @@ fn set_up_logging() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(io::stderr().is_terminal())
+        // It would say with eprintln! that stderr cannot be written.
+        .log_internal_errors(false)
         .init();
 }
 
@@ -207,12 +226,47 @@ fn on_stdout(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("standard output: {error}"))
 }
 
-/// The checkpoint that `--ckpt` names: a file, or the newest of a run directory.
-fn checkpoint(path: &Path) -> Result<PathBuf, RunDirError> {
+/// What `open` makes of the checkpoint that `--ckpt` names: a file, or the newest whole one of a run directory.
+fn checkpoint<T>(path: &Path, open: impl Fn(&Path) -> Result<T, CheckpointError>) -> anyhow::Result<T> {
     if !path.is_dir() {
-        return Ok(path.into());
+        return Ok(open(path)?);
     }
-    RunDir::new(path).newest().ok_or_else(|| RunDirError::NoCheckpoint(path.into()))
+    let run = RunDir::new(path);
+    let newest = newest_whole(&run, open)?;
+    newest.map(|newest| newest.content).ok_or_else(|| run.no_checkpoint().into())
+}
+
+/// A checkpoint of a run, opened.
+struct Newest<T> {
+    path: PathBuf,
+    content: T,
+    /// Newer ones, which cannot be used.
+    damaged: Vec<PathBuf>,
+}
+
+/// The newest checkpoint of `run` that `open` can open; none where there is no checkpoint. Those that it cannot, such
+/// as one that a power failure has cut off, are told of and passed over.
+fn newest_whole<T>(
+    run: &RunDir,
+    open: impl Fn(&Path) -> Result<T, CheckpointError>,
+) -> Result<Option<Newest<T>>, CheckpointError> {
+    let (mut damaged, mut errors) = (vec![], vec![]);
+    for path in run.checkpoints() {
+        match open(&path) {
+            Ok(content) => {
+                for error in errors {
+                    note(&format!("{error}\n  passed over: {} is older, and whole", path.display()));
+                }
+                return Ok(Some(Newest { path, content, damaged }));
+            }
+            Err(error @ CheckpointError::Content { .. }) => {
+                damaged.push(path);
+                errors.push(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    errors.into_iter().next().map_or(Ok(None), Err)
 }
 
 /// What weights alone do not tell of their model.
@@ -234,28 +288,26 @@ impl ModelArgs {
     /// Opens the checkpoint at `path`, and says what its model was taken for where it holds weights alone.
     fn open(&self, path: &Path) -> anyhow::Result<TrainingCheckpoint> {
         let checkpoint = TrainingCheckpoint::open_given(path, &self.given())?;
-        self.check(path, &checkpoint)?;
-        if checkpoint.is_weights_alone() {
-            eprintln!("{}", described(checkpoint.model_config(), checkpoint.quant_config().act));
-        }
+        self.announce(path, &checkpoint)?;
         Ok(checkpoint)
     }
 
-    /// The same of what `--ckpt` names, a file or a run directory; and which file it is. Where a run's newest
-    /// checkpoint cannot be read, the error names the newest one that can.
+    /// The same of what `--ckpt` names, a file or the newest whole one of a run directory; and which file it is.
     fn open_newest(&self, ckpt: &Path) -> anyhow::Result<(PathBuf, TrainingCheckpoint)> {
-        let path = checkpoint(ckpt)?;
-        match self.open(&path) {
-            Ok(checkpoint) => Ok((path, checkpoint)),
-            Err(error) if ckpt.is_dir() && error.is::<CheckpointError>() => {
-                let older = RunDir::new(ckpt).checkpoints().into_iter().skip(1);
-                match older.into_iter().find(|path| TrainingCheckpoint::open_given(path, &self.given()).is_ok()) {
-                    Some(whole) => anyhow::bail!("{error}; {} is whole: --ckpt takes a file, too", whole.display()),
-                    None => Err(error),
-                }
-            }
-            Err(error) => Err(error),
+        let given = self.given();
+        let open = |path: &Path| Ok((path.to_path_buf(), TrainingCheckpoint::open_given(path, &given)?));
+        let (path, checkpoint) = checkpoint(ckpt, open)?;
+        self.announce(&path, &checkpoint)?;
+        Ok((path, checkpoint))
+    }
+
+    /// Says what the model of weights alone was taken for, and refuses what contradicts a checkpoint that says it itself.
+    fn announce(&self, path: &Path, checkpoint: &TrainingCheckpoint) -> Result<(), UsageError> {
+        self.check(path, checkpoint)?;
+        if checkpoint.is_weights_alone() {
+            note(&described(checkpoint.model_config(), checkpoint.quant_config().act));
         }
+        Ok(())
     }
 
     /// Refuses what contradicts a checkpoint that says it itself.

@@ -9,6 +9,7 @@ use anyhow::Context;
 
 use super::progress::BytesProgress;
 use crate::data::{PackOptions, PackReport, pack};
+use crate::launch::SignalListener;
 
 /// Make shards of training data from files and directories
 ///
@@ -81,7 +82,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let interrupt = Arc::new(AtomicBool::new(false));
     let flag = interrupt.clone();
-    ctrlc::set_handler(move || flag.store(true, Ordering::SeqCst)).context("cannot listen for Ctrl-C")?;
+    let _listener = SignalListener::start(&SignalListener::ENDING, move |_| flag.store(true, Ordering::SeqCst))
+        .context("cannot listen for Ctrl-C")?;
     let mut bar: Option<BytesProgress> = None;
     let report = pack(&options, |done, total| {
         bar.get_or_insert_with(|| BytesProgress::new("packing", total)).update(done);
@@ -97,17 +99,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn print(report: &PackReport, options: &PackOptions) {
     for (name, split) in [("train", Some(&report.train)), ("val", report.val.as_ref())] {
         if let Some(split) = split {
-            eprintln!(
+            super::note(&format!(
                 "{}: {} documents, {} bytes, {} shards",
                 options.out.join(name).display(),
                 split.documents,
                 split.bytes,
                 split.shards
-            );
+            ));
         }
     }
     if let Some(document) = &report.divided {
-        eprintln!("the end of {document} was held out: no document was small enough to be held out whole");
+        super::note(&format!("the end of {document} was held out: no document was small enough to be held out whole"));
     }
 }
 

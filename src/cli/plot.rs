@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use super::UsageError;
 use super::config::ConfigArgs;
 use crate::plot::{Run, plot, plot_internals, plot_schedule};
-use crate::training::metrics;
+use crate::training::{RunDir, metrics};
+use crate::utils::atomic::parent;
 
 /// Draw the loss curves of one or more runs as a PNG, what the layers of one are like inside, or what a configuration
 /// plans for one
@@ -18,7 +19,7 @@ use crate::training::metrics;
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// Run directories or metrics.jsonl files
+    /// Runs as --out named them, directories or .pt files, or their metrics.jsonl
     #[arg(required_unless_present = "schedule", value_name = "RUN")]
     runs: Vec<PathBuf>,
     /// Draw one run from inside: its layers (weights at each value and changed, gamma, gradient norms, inputs), steps
@@ -60,15 +61,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             out
         }
     };
-    eprintln!("wrote {}", out.display());
+    super::note(&format!("wrote {}", out.display()));
     Ok(())
 }
 
 fn read(path: &Path) -> Result<Run, metrics::MetricsError> {
-    let (dir, file) = match path.is_dir() {
-        true => (path, path.join("metrics.jsonl")),
-        false => (path.parent().unwrap_or(path), path.to_path_buf()),
-    };
-    let name = std::path::absolute(dir).ok().and_then(|dir| Some(dir.file_name()?.to_string_lossy().into_owned()));
-    Ok(Run { name: name.unwrap_or_else(|| path.display().to_string()), rows: metrics::read(&file)? })
+    let is_log = !path.is_dir() && path.extension().is_none_or(|extension| extension != "pt");
+    let file = if is_log { path.to_path_buf() } else { RunDir::new(path).metrics() };
+    // `a` for a.metrics.jsonl, else the directory's name.
+    let stem = file.file_name().and_then(|name| name.to_str()?.strip_suffix(".metrics.jsonl").map(str::to_string));
+    let dir = || Some(std::path::absolute(parent(&file)).ok()?.file_name()?.to_string_lossy().into_owned());
+    let name = stem.or_else(dir).unwrap_or_else(|| path.display().to_string());
+    Ok(Run { name, rows: metrics::read(&file)? })
 }

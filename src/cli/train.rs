@@ -8,17 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
-use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
+use super::{Newest, UsageError};
 use crate::checkpoint::{Given, TrainingCheckpoint, rule_of};
-use crate::config::{Config, Layers, ModelConfig, OptimizerName, QuantConfig};
-use crate::launch::RankEnv;
+use crate::config::{Config, Layers, ModelConfig, OnUsr1, OptimizerName, QuantConfig};
+use crate::launch::{RankEnv, Signal, SignalListener};
 use crate::libtorch::exit_at_once;
-use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_ddp};
+use crate::training::{Ddp, RunDir, RunDirError, Start, TrainError, Trainer, Verdict, setup_ddp};
 
 /// Train a model, or continue training it
 ///
@@ -30,7 +30,8 @@ use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_dd
 ///   torchrun --no-python --nproc-per-node=8 bbt train --config configs/base.yaml --ddp
 ///
 /// The run directory (--out) gets checkpoints, config.yaml, metrics.jsonl and TensorBoard event
-/// files. Ctrl-C finishes the step, saves, and says how to resume; a second one exits at once.
+/// files; beside --out models/a.pt they are called a-00000500.pt, a.config.yaml, a.metrics.jsonl and a.tb/.
+/// Ctrl-C finishes the step, saves, and says how to resume; a second one exits at once.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -95,13 +96,24 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
 fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     let mut layers = args.config.layers()?;
     let given = layers.given()?;
-    let run = RunDir::new(&given.train.out);
     let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
+    let restarted = ddp.is_some_and(|ddp| ddp.restarted());
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let save = Arc::new(AtomicBool::new(false));
+    // From here on, since a warning would end a process that does not listen.
+    let _warnings = listen_for_warnings(match given.train.on_usr1 {
+        OnUsr1::Save => save.clone(),
+        OnUsr1::Stop => interrupt.clone(),
+    })?;
+
+    let run = RunDir::new(&given.train.out);
+    // The process that a launcher has ended may take a moment to be gone.
+    let patience = if restarted { RESTART } else { Duration::ZERO };
+    // Before the run is looked at: what another process trains changes meanwhile.
+    let mut lock = if main { run.lock(patience)? } else { None };
     // The checkpoint is rank 0's to read; what it says of the configuration all ranks must know.
-    let (mut start, mut opened) = (Start::Fresh, None);
-    if main {
-        (start, opened) = self::start(args, &run, ddp.is_some_and(|ddp| ddp.restarted()), &given_of(&layers, &given))?;
-    }
+    let begin = if main { start(args, &run, restarted, &given_of(&layers, &given))? } else { Begin::default() };
+    let Begin { start, checkpoint: opened, damaged } = begin;
     let keeps_state = matches!(start, Start::Resume { optimizer_state: true, .. });
     let says = opened.as_ref().map(|checkpoint| Says {
         model: checkpoint.model_config().clone(),
@@ -116,18 +128,18 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     if says.as_ref().and_then(|says| says.optimizer) == Some(OptimizerName::AdamW8bit) && !layers.has("optim", "name") {
         layers.set("the checkpoint", "optim.name", "adamw8bit")?;
         if main {
-            eprintln!("optim.name is adamw8bit, as in the checkpoint");
+            super::note("optim.name is adamw8bit, as in the checkpoint");
         }
     }
     let config = layers.resolve(says.as_ref().map(|says| (&says.model, &says.quant)))?;
     if let Some(checkpoint) = &opened {
         if checkpoint.is_weights_alone() {
-            eprintln!("{}", super::described(checkpoint.model_config(), config.quant.act));
+            super::note(&super::described(checkpoint.model_config(), config.quant.act));
         }
         if matches!(start, Start::Resume { .. })
-            && let Some(note) = other_rule(checkpoint, &config, &layers)
+            && let Some(difference) = other_rule(checkpoint, &config, &layers)
         {
-            eprintln!("{note}");
+            super::note(&difference);
         }
     }
     // Its memory map is not needed twice.
@@ -140,37 +152,56 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     };
     let resumed = trainer.progress().completed;
     if let Start::Resume { path, .. } = &start {
-        eprintln!("resuming from {} at step {resumed} of {total}", path.display());
+        let best = if *path == run.best() { " (the best: the run has no newer one)" } else { "" };
+        super::note(&format!("resuming from {} at step {resumed} of {total}{best}", path.display()));
     }
     if resumed >= total {
         if main {
-            eprintln!("all {total} steps are done: raise --steps to go on, or choose another --out");
+            super::note(&format!("all {total} steps are done: raise --steps to go on, or choose another --out"));
         }
         return Ok(());
     }
     // Continuing elsewhere is a new run there.
-    let continued = matches!(&start, Start::Resume { path, .. } if lies_in(path, run.dir()));
-    if main && !continued {
-        // What a restarted run finds without a checkpoint is what it began itself.
-        run.create(args.allow_overwrite || ddp.is_some_and(|ddp| ddp.restarted()))?;
+    let continued = matches!(&start, Start::Resume { path, .. } if run.owns(path));
+    if main {
+        if lock.is_none() {
+            run.ensure()?;
+            lock = run.lock(patience)?;
+        }
+        if !continued {
+            // What a restarted run finds without a checkpoint is what it began itself.
+            run.create(args.allow_overwrite || restarted).map_err(|error| match error {
+                RunDirError::Exists { out, found } if args.resume.is_some() && start == Start::Fresh => anyhow!(
+                    "{} holds {found} of a run, but no checkpoint to resume from: add --allow-overwrite to begin anew, or \
+                     choose another --out",
+                    out.display()
+                ),
+                error => error.into(),
+            })?;
+        }
+        for path in damaged {
+            run.set_aside(&path)?;
+        }
     }
 
-    let interrupt = Arc::new(AtomicBool::new(false));
     let same_signal = if ddp.is_some() { SAME_SIGNAL } else { Duration::ZERO };
-    listen(interrupt.clone(), same_signal, main)?;
+    let _listener = listen(interrupt.clone(), same_signal, main)?;
 
     let mut progress = TrainProgress::new(total, resumed);
+    trainer.save_at(save);
     let summary = trainer.train(&mut progress, &interrupt);
     progress.finish();
     let summary = summary?;
+    drop(lock);
     if !main {
         return Ok(());
     }
     if summary.finished {
-        eprintln!("done: {} steps, {}", summary.completed, summary.checkpoint.display());
+        super::note(&format!("done: {} steps, {}", summary.completed, summary.checkpoint.display()));
     } else {
-        eprintln!("stopped after step {} of {total}, saved {}", summary.completed, summary.checkpoint.display());
-        eprintln!("to go on: {}", trainer.resume_command());
+        let (completed, checkpoint) = (summary.completed, summary.checkpoint.display());
+        super::note(&format!("stopped after step {completed} of {total}, saved {checkpoint}"));
+        super::note(&format!("to go on: {}", trainer.resume_command()));
     }
     Ok(())
 }
@@ -217,45 +248,65 @@ fn other_rule(checkpoint: &TrainingCheckpoint, config: &Config, layers: &Layers)
 /// gets within this time is the same one.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
+/// How long a restarted run waits for the process before it to be gone.
+const RESTART: Duration = Duration::from_secs(10);
+
+/// A signal by which a cluster warns of the end of a job's time sets `request`.
+fn listen_for_warnings(request: Arc<AtomicBool>) -> anyhow::Result<SignalListener> {
+    SignalListener::start(&[Signal::SIGUSR1, Signal::SIGUSR2], move |_| request.store(true, Ordering::SeqCst))
+        .context("cannot listen for SIGUSR1")
+}
+
 /// The first signal sets `interrupt`; a second one, later than `same_signal`, ends the process.
-fn listen(interrupt: Arc<AtomicBool>, same_signal: Duration, speak: bool) -> anyhow::Result<()> {
+fn listen(interrupt: Arc<AtomicBool>, same_signal: Duration, speak: bool) -> anyhow::Result<SignalListener> {
     let mut first: Option<Instant> = None;
-    ctrlc::set_handler(move || match first {
+    SignalListener::start(&SignalListener::ENDING, move |_| match first {
         Some(first) if first.elapsed() > same_signal => exit_at_once(130),
         Some(_) => {}
         None => {
             first = Some(Instant::now());
             interrupt.store(true, Ordering::SeqCst);
             if speak {
-                eprintln!("\nfinishing the step, then saving; once more to exit at once");
+                super::note("\nfinishing the step, then saving; once more to exit at once");
             }
         }
     })
     .context("cannot listen for Ctrl-C")
 }
 
-/// Whether the file at `path` is one of the directory `dir`, however both are spelled.
-fn lies_in(path: &Path, dir: &Path) -> bool {
-    match (path.canonicalize(), dir.canonicalize()) {
-        (Ok(path), Ok(dir)) => path.parent() == Some(dir.as_path()),
-        _ => false,
+/// Where a run starts.
+struct Begin {
+    start: Start,
+    /// What it starts from.
+    checkpoint: Option<TrainingCheckpoint>,
+    /// Newer checkpoints than that, which are damaged.
+    damaged: Vec<PathBuf>,
+}
+
+impl Default for Begin {
+    fn default() -> Self {
+        Self { start: Start::Fresh, checkpoint: None, damaged: vec![] }
     }
 }
 
-/// Where the run starts, as the flags say, and its checkpoint; a run that a launcher has restarted starts where it was.
-fn start(
-    args: &Args,
-    run: &RunDir,
-    restarted: bool,
-    given: &Given,
-) -> anyhow::Result<(Start, Option<TrainingCheckpoint>)> {
-    if restarted && let Some((path, checkpoint)) = newest_whole(run, given)? {
-        return Ok((Start::Resume { path, optimizer_state: true }, Some(checkpoint)));
+/// Where the run starts, as the flags say; a run that a launcher has restarted starts where it was.
+fn start(args: &Args, run: &RunDir, restarted: bool, given: &Given) -> anyhow::Result<Begin> {
+    let open = |path: &Path| TrainingCheckpoint::open_given(path, given);
+    let newest = |run: &RunDir, optimizer_state| -> anyhow::Result<Option<Begin>> {
+        let found = super::newest_whole(run, open)?;
+        Ok(found.map(|Newest { path, content, damaged }| Begin {
+            start: Start::Resume { path, optimizer_state },
+            checkpoint: Some(content),
+            damaged,
+        }))
+    };
+    if restarted && let Some(begin) = newest(run, true)? {
+        return Ok(begin);
     }
     if let Some(path) = &args.init {
-        return Ok((Start::Init(path.clone()), Some(TrainingCheckpoint::open_given(path, given)?)));
+        return Ok(Begin { start: Start::Init(path.clone()), checkpoint: Some(open(path)?), damaged: vec![] });
     }
-    let Some(resume) = &args.resume else { return Ok((Start::Fresh, None)) };
+    let Some(resume) = &args.resume else { return Ok(Begin::default()) };
     let optimizer_state = !args.no_opt_state;
     if resume.as_os_str() == "auto" {
         if args.allow_overwrite && run.newest().is_some() {
@@ -264,40 +315,12 @@ fn start(
             )
             .into());
         }
-        return Ok(match newest_whole(run, given)? {
-            Some((path, checkpoint)) => (Start::Resume { path, optimizer_state }, Some(checkpoint)),
-            None => (Start::Fresh, None),
-        });
+        return Ok(newest(run, optimizer_state)?.unwrap_or_default());
     }
-    let path = match resume.is_dir() {
-        true => RunDir::new(resume)
-            .newest()
-            .ok_or_else(|| UsageError(format!("--resume {}: the directory holds no checkpoint", resume.display())))?,
-        false => resume.clone(),
-    };
-    let checkpoint = TrainingCheckpoint::open_given(&path, given)?;
-    Ok((Start::Resume { path, optimizer_state }, Some(checkpoint)))
-}
-
-/// The newest checkpoint of a run that is whole, if there is any. What is newer and damaged is told of.
-///
-/// # Errors
-/// There are checkpoints, but none that can be read: the newest one's error.
-fn newest_whole(run: &RunDir, given: &Given) -> anyhow::Result<Option<(PathBuf, TrainingCheckpoint)>> {
-    let mut damaged = vec![];
-    for path in run.checkpoints() {
-        match TrainingCheckpoint::open_given(&path, given) {
-            Ok(checkpoint) => {
-                for error in &damaged {
-                    eprintln!("{error}; going on from {}", path.display());
-                }
-                return Ok(Some((path, checkpoint)));
-            }
-            Err(error) => damaged.push(error),
-        }
+    if resume.is_dir() {
+        let begin = newest(&RunDir::new(resume), optimizer_state)?;
+        return begin.ok_or_else(|| UsageError(format!("--resume: {}", RunDir::new(resume).no_checkpoint())).into());
     }
-    match damaged.into_iter().next() {
-        Some(newest) => Err(newest.into()),
-        None => Ok(None),
-    }
+    let checkpoint = Some(open(resume)?);
+    Ok(Begin { start: Start::Resume { path: resume.clone(), optimizer_state }, checkpoint, damaged: vec![] })
 }

@@ -69,9 +69,22 @@ fn shards_in(dir: &Path) -> Result<Vec<PathBuf>, DataError> {
     Ok(shards)
 }
 
+/// A glob in which the directories that are there under just this name mean themselves, whatever brackets, stars and
+/// question marks they have in it.
+fn with_literal_directories(pattern: &str) -> String {
+    let (mut globbed, mut end, mut literal) = (String::new(), 0, true);
+    for part in pattern.split_inclusive('/') {
+        end += part.len();
+        literal = literal && part.ends_with('/') && Path::new(&pattern[..end]).is_dir();
+        globbed.push_str(&if literal { glob::Pattern::escape(part) } else { part.into() });
+    }
+    globbed
+}
+
 /// The files that a glob matches, sorted.
 fn matches(pattern: &str) -> Result<Vec<PathBuf>, DataError> {
-    let found = glob::glob(pattern).map_err(|source| DataError::Pattern { pattern: pattern.into(), source })?;
+    let found = glob::glob(&with_literal_directories(pattern))
+        .map_err(|source| DataError::Pattern { pattern: pattern.into(), source })?;
     let mut files = Vec::new();
     for path in found {
         let path = path.map_err(|error| {

@@ -40,6 +40,6 @@ mod tests {
         assert_eq!(dataset.shards()[0].bytes(), b"abc");
         assert_eq!(dataset.shards()[0].path(), path);
         assert_eq!(dataset.total_bytes(), 3);
-        assert!(ByteStreamDataset::open(dir.path()).unwrap_err().to_string().contains("not a regular file"));
+        assert!(ByteStreamDataset::open(dir.path()).unwrap_err().to_string().contains("a directory, not a file"));
     }
 }

@@ -1,22 +1,20 @@
 //! What every dataset gives: memory-mapped shards of bytes.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
-
 use super::{ByteShardDataset, ByteStreamDataset, DataError, Windows};
+use crate::utils::mapped::MappedFile;
 
-/// A file of bytes, memory-mapped read-only: pages are read when they are first touched, and the system
-/// drops them again when it needs the memory.
+/// A file of bytes, memory-mapped read-only.
 ///
-/// The file must not be truncated while it is open: touching a page that is gone ends the process (SIGBUS).
+/// The file must not be cut short while it is open: touching a byte that is gone ends the process, with a message that
+/// names the file ([`MappedFile`]).
 #[derive(Debug)]
 pub struct Shard {
     path: PathBuf,
-    map: Mmap,
+    map: MappedFile,
 }
 
 impl Shard {
@@ -26,23 +24,12 @@ impl Shard {
     /// A file that is missing, unreadable, empty, or no file.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, DataError> {
         let path = path.into();
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(DataError::Missing { path }),
-            Err(error) => return Err(DataError::io("open", &path)(error)),
-        };
-        let metadata = file.metadata().map_err(DataError::io("read its size", &path))?;
-        if !metadata.is_file() {
-            let error = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
-            return Err(DataError::io("map", &path)(error));
+        match MappedFile::open(&path) {
+            Ok(map) if map.is_empty() => Err(DataError::EmptyShard { path }),
+            Ok(map) => Ok(Self { path, map }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DataError::Missing { path }),
+            Err(error) => Err(DataError::io("map", &path)(error)),
         }
-        if metadata.len() == 0 {
-            return Err(DataError::EmptyShard { path });
-        }
-        // SAFETY: the map is read-only and handed out as bytes, of which every value is valid. That no other
-        // process truncates the file meanwhile cannot be enforced here; it is asked for in the type's docs.
-        let map = unsafe { Mmap::map(&file) }.map_err(DataError::io("map", &path))?;
-        Ok(Self { path, map })
     }
 
     /// The file.
@@ -99,7 +86,8 @@ pub trait ByteDataset: Send + Sync {
 }
 
 /// Opens what `spec` names: a directory's `shard_*.bin` or the files that match a glob
-/// ([`ByteShardDataset`]), or one file ([`ByteStreamDataset`]). What exists is never taken for a glob.
+/// ([`ByteShardDataset`]), or one file ([`ByteStreamDataset`]). What exists is never taken for a glob, nor are the
+/// directories before it.
 ///
 /// # Errors
 /// Nothing of that name, no shard, an empty or unreadable one.
@@ -135,6 +123,10 @@ mod tests {
         assert_eq!(paths(&dir.path().join("*.txt")).unwrap(), ["a.txt", "b.txt"]);
         assert_eq!(paths(&dir.path().join("a.txt")).unwrap(), ["a.txt"]);
         assert_eq!(paths(&dir.path().join("[x]")).unwrap(), ["[x]"]);
+        // Brackets in the name of a directory that is there, before a glob.
+        fs::create_dir_all(dir.path().join("run [1]/*")).unwrap();
+        fs::write(dir.path().join("run [1]/*/x.bin"), "x").unwrap();
+        assert_eq!(paths(&dir.path().join("run [1]/*/*.bin")).unwrap(), ["x.bin"]);
 
         let dataset = open(dir.path().to_str().unwrap()).unwrap();
         assert_eq!(dataset.total_bytes(), 7);
@@ -151,6 +143,8 @@ mod tests {
         let glob = dir.path().join("*.txt");
         let message = paths(&glob).unwrap_err();
         assert!(message.starts_with(glob.to_str().unwrap()) && message.contains("no file matches"), "{message}");
+        let message = paths(&dir.path().join("[12].txt")).unwrap_err();
+        assert!(message.contains("[[] stands for"), "{message}");
         let message = paths(&dir.path().join("[")).unwrap_err();
         assert!(message.contains("not a valid glob"), "{message}");
 

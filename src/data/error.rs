@@ -40,7 +40,7 @@ pub enum DataError {
         holds: String,
     },
     /// A glob that no file matches.
-    #[error("{pattern}: no file matches\n  check the pattern, or make shards with `bbt pack`")]
+    #[error("{pattern}: no file matches\n  check the pattern, or make shards with `bbt pack`{}", bracket(pattern))]
     NoMatch {
         /// As given.
         pattern: String,
@@ -119,6 +119,10 @@ pub enum DataError {
     /// The progress callback asked to stop.
     #[error("interrupted: nothing was written")]
     Interrupted,
+}
+
+fn bracket(pattern: &str) -> &'static str {
+    if pattern.contains('[') { "; [...] stands for one of the characters in it, [[] stands for a bracket" } else { "" }
 }
 
 impl DataError {

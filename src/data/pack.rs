@@ -21,6 +21,7 @@ use walkdir::WalkDir;
 
 use super::DataError;
 use super::pack_plan::{Piece, shard_sizes, split};
+use crate::utils::atomic;
 
 /// Name of the report in the output directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -388,7 +389,7 @@ fn create_dir(path: &Path) -> Result<(), DataError> {
 
 /// Makes the names in a directory last.
 fn sync_dir(path: &Path) -> Result<(), DataError> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(DataError::io("sync", path))
+    atomic::sync_dir(path).map_err(DataError::io("sync", path))
 }
 
 #[cfg(test)]

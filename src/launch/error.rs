@@ -36,7 +36,7 @@ pub enum LaunchError {
     /// What the ranks say has nowhere to go.
     #[error("{stream}: {source}; all ranks were ended")]
     Output {
-        /// Of the launcher: standard output or standard error.
+        /// Of the launcher: standard output.
         stream: &'static str,
         /// Why.
         source: io::Error,

@@ -17,6 +17,7 @@ mod world;
 
 pub use env::{EnvError, RankEnv};
 pub use error::LaunchError;
+pub use signals::{Signal, SignalListener};
 pub use slurm::Slurm;
 pub use supervisor::Supervisor;
 pub use world::World;

@@ -111,14 +111,18 @@ fn show(stream: Stream, lines: &[u8]) -> Result<(), LaunchError> {
     // One lock for both: they may be one pipe or terminal.
     static CONSOLE: Mutex<()> = Mutex::new(());
     let _guard = locked(&CONSOLE);
-    let (name, written) = match stream {
+    match stream {
         Stream::Stdout => {
             let mut stdout = io::stdout().lock();
-            ("standard output", stdout.write_all(lines).and_then(|()| stdout.flush()))
+            let written = stdout.write_all(lines).and_then(|()| stdout.flush());
+            written.map_err(|source| LaunchError::Output { stream: "standard output", source })
         }
-        Stream::Stderr => ("standard error", io::stderr().lock().write_all(lines)),
-    };
-    written.map_err(|source| LaunchError::Output { stream: name, source })
+        // What cannot be said to a person ends no run.
+        Stream::Stderr => {
+            let _ = io::stderr().lock().write_all(lines);
+            Ok(())
+        }
+    }
 }
 
 /// Waits for something to read in `pipe`; false where `ended` has been closed and there is nothing.

@@ -1,32 +1,34 @@
-//! The signals that the launcher passes on.
+//! The signals that a command listens to.
 
 use std::fs;
 use std::io;
 use std::thread;
 
-use nix::sys::signal::Signal;
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+pub use nix::sys::signal::Signal;
 use signal_hook::iterator::{Handle, Signals};
 
-/// Listens to SIGINT, SIGTERM and SIGHUP for as long as it lives.
+/// Listens to signals for as long as it lives.
+///
+/// A signal that this process was started with ignored stays ignored, as POSIX asks of programs: nohup ignores SIGHUP,
+/// and a shell without job control ignores SIGINT for what it starts in the background.
 pub struct SignalListener(Handle);
 
 impl SignalListener {
-    /// Calls `each` with the signal to pass on for each one received: a terminal that hangs up is a SIGTERM.
-    pub fn start(mut each: impl FnMut(Signal) + Send + 'static) -> io::Result<Self> {
-        // SIGCHLD only to be sure that it is not ignored: an ended child would then leave no status.
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGCHLD])?;
-        // Under nohup it stays ignored.
-        if !is_ignored(SIGHUP) {
-            signals.add_signal(SIGHUP)?;
-        }
-        let handle = signals.handle();
+    /// Those that ask a program to end: Ctrl-C, kill, and a terminal that hangs up.
+    pub const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+    /// Calls `each`, on a thread of its own, with each of `signals` that is received.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn start(signals: &[Signal], mut each: impl FnMut(Signal) + Send + 'static) -> io::Result<Self> {
+        let listened = signals.iter().filter(|&&signal| !is_ignored(signal)).map(|&signal| signal as i32);
+        let mut received = Signals::new(listened)?;
+        let handle = received.handle();
         thread::Builder::new().name("signals".into()).spawn(move || {
-            for signal in signals.forever() {
-                match signal {
-                    SIGINT => each(Signal::SIGINT),
-                    SIGTERM | SIGHUP => each(Signal::SIGTERM),
-                    _ => {}
+            for signal in received.forever() {
+                if let Ok(signal) = Signal::try_from(signal) {
+                    each(signal);
                 }
             }
         })?;
@@ -41,9 +43,9 @@ impl Drop for SignalListener {
 }
 
 /// Whether this process was started with `signal` ignored.
-fn is_ignored(signal: i32) -> bool {
+fn is_ignored(signal: Signal) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+    mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
 }

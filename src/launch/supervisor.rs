@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
-use nix::sys::signal::Signal;
-
 use super::output::Destination;
 use super::process::Process;
-use super::signals::SignalListener;
+use super::signals::{Signal, SignalListener};
 use super::{LaunchError, World};
+
+/// What is passed on to the ranks.
+const LISTENED: [Signal; 5] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2];
 
 /// At this signal the ranks are not asked any more.
 const LAST_SIGNAL: usize = 3;
@@ -53,7 +54,8 @@ impl Supervisor {
     ///
     /// What they say goes to this process's streams in whole lines, each after `[rankR]: ` where there are more
     /// than one. SIGINT and SIGTERM to this process (SIGHUP as SIGTERM) are passed on to every rank, which may take
-    /// its time to save; the third one ends them. These signals do nothing else in this process from here on. The
+    /// its time to save; the third one ends them. SIGUSR1 and SIGUSR2 are passed on as often as they come. These
+    /// signals do nothing else in this process from here on; those that it was started with ignored stay ignored. The
     /// ranks get SIGKILL when the calling thread ends, however it does.
     ///
     /// # Errors
@@ -61,8 +63,18 @@ impl Supervisor {
     pub fn run(&self) -> Result<(), LaunchError> {
         let (sender, events) = mpsc::channel();
         let to_events = sender.clone();
-        let listening = SignalListener::start(move |signal| drop(to_events.send(Event::Signal(signal))));
+        // A terminal that hangs up asks as SIGTERM does.
+        let passed_on = move |signal| match signal {
+            Signal::SIGHUP => Signal::SIGTERM,
+            other => other,
+        };
+        let listening = SignalListener::start(&LISTENED, move |signal| {
+            drop(to_events.send(Event::Signal(passed_on(signal))));
+        });
         let _listener = listening.map_err(LaunchError::Signals)?;
+        // An ended child would leave no status where SIGCHLD is ignored.
+        let sigchld = signal_hook::flag::register(Signal::SIGCHLD as i32, Arc::default());
+        sigchld.map_err(LaunchError::Signals)?;
 
         let (ended, end) = io::pipe().map_err(|source| self.cannot_start(source))?;
         let mut node = Node { ranks: vec![], unread: 0, events };
@@ -167,6 +179,10 @@ impl Node {
                         return Err(Stopped::Failed(self.failed(index, status)));
                     }
                 }
+                // A cluster's warning, which does not end the run.
+                Event::Signal(signal @ (Signal::SIGUSR1 | Signal::SIGUSR2)) => {
+                    self.ranks.iter().for_each(|rank| rank.process.signal(signal));
+                }
                 Event::Signal(signal) => {
                     signals += 1;
                     if signals == LAST_SIGNAL {
@@ -205,7 +221,7 @@ impl Node {
                     self.unread -= 1;
                     result = result.and(read);
                 }
-                Ok(Event::Ended(_)) => {}
+                Ok(Event::Ended(_) | Event::Signal(Signal::SIGUSR1 | Signal::SIGUSR2)) => {}
                 Ok(Event::Signal(_)) | Err(_) => break,
             }
         }

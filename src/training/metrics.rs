@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::utils::atomic::{WriteError, write_bytes};
+use crate::utils::atomic::{WriteError, remedy_for_room, write_bytes};
 
 /// A log that cannot be written or read; names the file, and the line where there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
     /// The file cannot be opened, read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}{}", path.display(), remedy_for_room(source))]
     Io {
         /// The log.
         path: PathBuf,

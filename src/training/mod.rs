@@ -17,6 +17,6 @@ mod watch;
 mod zero;
 
 pub use ddp::{Ddp, DdpError, setup_ddp};
-pub use run_dir::{RunDir, RunDirError};
+pub use run_dir::{RunDir, RunDirError, RunLock};
 pub use trainer::{MemoryNeed, Start, Summary, TrainError, Trainer, memory_need};
 pub use watch::{OnFailure, Verdict};

@@ -132,8 +132,8 @@ impl Parallel {
         }
     }
 
-    /// Makes the micro-batches' loss, the gradient's norm, whether a gradient is not finite, and whether to
-    /// stop, the same on every rank: the mean, the norm over all parts, and whether on any rank. One small
+    /// Makes the micro-batches' loss, the gradient's norm, whether a gradient is not finite, and each of `requests`
+    /// (to stop, to save) the same on every rank: the mean, the norm over all parts, and whether on any rank. One small
     /// all-reduce. All fp32 `[]` on the model's device; `norm` (of no gradients: on any device) and `found_inf` are of
     /// this rank's gradients. If their `norms` are given, one each, the same message carries what the norm of each
     /// parameter's gradient is made of, where no rank has it whole.
@@ -145,13 +145,13 @@ impl Parallel {
         loss: &Tensor,
         norm: &Tensor,
         found_inf: &Tensor,
-        stop: bool,
+        requests: [bool; 2],
         norms: Option<&Tensor>,
     ) -> Result<Agreed, DdpError> {
         let squared = norm.to_device(loss.device()).to_kind(Kind::Double).square();
-        let stop = Tensor::full([], if stop { 1.0 } else { 0.0 }, (Kind::Double, loss.device()));
-        let of_rank = [loss.to_kind(Kind::Double), squared, found_inf.to_kind(Kind::Double), stop];
-        let mut sums = Tensor::stack(&of_rank, 0);
+        let requests = Tensor::from_slice(&requests.map(f64::from)).to_device(loss.device());
+        let of_rank = [loss.to_kind(Kind::Double), squared, found_inf.to_kind(Kind::Double)];
+        let mut sums = Tensor::cat(&[Tensor::stack(&of_rank, 0), requests], 0);
         let squared_norms = match &self.averaging {
             Averaging::Sharded(shards) => norms.map(|norms| shards.squared_norms(norms)),
             Averaging::Reducer(_) => None,
@@ -169,8 +169,8 @@ impl Parallel {
             loss: (sums.get(0) / self.ddp.world_size() as f64).to_kind(Kind::Float),
             norm,
             found_inf: sums.get(2).gt(0.0).to_kind(Kind::Float),
-            stop: sums.get(3),
-            norms: squared_norms.map(|_| sums.narrow(0, 4, sums.size()[0] - 4).sqrt()),
+            requests: sums.narrow(0, 3, 2),
+            norms: squared_norms.map(|_| sums.narrow(0, 5, sums.size()[0] - 5).sqrt()),
         })
     }
 
@@ -256,8 +256,8 @@ pub struct Agreed {
     pub norm: Tensor,
     /// 1 where a gradient of any rank is not finite, fp32 `[]`.
     pub found_inf: Tensor,
-    /// More than 0 where any rank was asked to stop, fp64 `[]`.
-    pub stop: Tensor,
+    /// More than 0 where any rank was asked to, fp64 `[2]`: to stop, to save.
+    pub requests: Tensor,
     /// L2 norm of each parameter's gradient, fp64 `[P]`, if asked for and gradients are sharded: else this rank has them.
     pub norms: Option<Tensor>,
 }

@@ -17,16 +17,21 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use prost::Message;
 
 use super::metrics::{InternalsRow, LayerRow, TrainRow, ValRow};
+use crate::utils::atomic::remedy_for_room;
 
 /// An event file that cannot be written.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: cannot write the TensorBoard log: {source}", path.display())]
+#[error("{}: cannot write the TensorBoard log: {source}{}", path.display(), remedy_for_room(source))]
 pub struct TensorBoardError {
     /// The file, or its directory.
     pub path: PathBuf,
     /// Why.
     pub source: io::Error,
 }
+
+/// Ends the names of event files, as PyTorch's `filename_suffix`: so bbt's are told from those that others write into
+/// the same directory.
+pub const SUFFIX: &str = ".bbt";
 
 /// CRC-32C (Castagnoli), the checksum of TFRecord.
 const CRC32C: crc::Crc<u32, crc::Table<16>> = crc::Crc::<u32, crc::Table<16>>::new(&crc::CRC_32_ISCSI);
@@ -97,7 +102,7 @@ impl TensorBoardWriter {
         static FILES: AtomicU32 = AtomicU32::new(0);
         let host = hostname::get().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned());
         let name = format!(
-            "events.out.tfevents.{:010}.{host}.{}.{}",
+            "events.out.tfevents.{:010}.{host}.{}.{}{SUFFIX}",
             now().as_secs(),
             std::process::id(),
             FILES.fetch_add(1, Ordering::Relaxed)

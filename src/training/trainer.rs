@@ -28,7 +28,6 @@ use crate::config::{Config, ConfigError, Decay, OptimizerName, Precision, TrainC
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, AdamW8bitKernel, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
 use crate::models::BitByteLM;
-use crate::utils::atomic::{WriteError, write_bytes};
 use crate::utils::decay::DecayingTensors;
 use crate::utils::device::{DeviceError, autocast, device};
 use crate::utils::optim::{GradScaler, Optimizer, OptimizerState, ScalerState, adamw8bit_kernel, clip_gradients};
@@ -56,9 +55,6 @@ pub enum TrainError {
     /// The run directory cannot be used.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
-    /// The configuration cannot be written beside the checkpoint.
-    #[error(transparent)]
-    Write(#[from] WriteError),
     /// The log cannot be written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -185,6 +181,8 @@ pub struct Trainer {
     progress: Progress,
     /// The newest checkpoint that is known to be good.
     checkpoint: Option<PathBuf>,
+    /// Set from outside ([`Trainer::save_at`]): the run saves after the step at hand.
+    save_request: Arc<AtomicBool>,
     internals: Internals,
     /// What the devices of all ranks can do together, FLOP/s, where that is known.
     peak: Option<f64>,
@@ -204,7 +202,7 @@ struct Step {
     seq_len: i64,
     /// Bytes of the run up to and with this step.
     bytes_seen: u64,
-    /// What [`Done`] is made of: fp64 `[4]`, and behind it what there is of a look inside.
+    /// What [`Done`] is made of: fp64 `[5]`, and behind it what there is of a look inside.
     numbers: HostCopy,
 }
 
@@ -218,6 +216,8 @@ struct Done {
     skipped: bool,
     /// Whether the run shall end after it.
     stop: bool,
+    /// Whether the run shall save after it.
+    save: bool,
     /// A look inside, where it is due; on rank 0 only.
     internals: Option<InternalsRow>,
 }
@@ -356,6 +356,7 @@ impl Trainer {
             val_set,
             progress,
             checkpoint,
+            save_request: Arc::default(),
             internals,
             peak,
             // The CPU has done a step when the call returns.
@@ -421,6 +422,12 @@ impl Trainer {
         self.device
     }
 
+    /// Whoever sets `request` has [`Trainer::train`] save after the step at hand, unset it, and go on. Many ranks do so
+    /// as one when it is set on any of them.
+    pub fn save_at(&mut self, request: Arc<AtomicBool>) {
+        self.save_request = request;
+    }
+
     /// The command that goes on with this run after its last checkpoint.
     pub fn resume_command(&self) -> String {
         let (config, out) = (quoted(&self.run.config()), quoted(&self.config.train.out));
@@ -454,13 +461,22 @@ impl Trainer {
         let mut logs = match self.is_main() {
             true => {
                 self.run.ensure()?;
-                write_bytes(&self.run.config(), self.config.to_yaml().as_bytes())?;
+                self.run.write_config(&self.config.to_yaml())?;
+                if let Some(kept) = self.run.kept_config() {
+                    let (kept, ours) = (kept.display(), self.run.config());
+                    observer.on_message(&format!(
+                        "{kept} is not bbt's and stays as it is: the run's configuration is {}",
+                        ours.display()
+                    ));
+                }
                 Some(self.logs()?)
             }
             false => None,
         };
 
         let mut saved = None;
+        // That somebody asked for a checkpoint, until there is one.
+        let mut asked = false;
         let mut since = Lap::start(&loader);
         // Ranks agree on it in a step instead.
         let interrupted = |trainer: &Self| interrupt.load(Ordering::SeqCst) && trainer.parallel.is_none();
@@ -483,8 +499,9 @@ impl Trainer {
             let log_due = |step: u64| step.is_multiple_of(log_every) || step + 1 == total;
             let eval_due = self.val_set.is_some() && (completed.is_multiple_of(eval_every) || last);
             let save_due = save_every > 0 && completed.is_multiple_of(save_every);
+            asked |= self.parallel.is_none() && self.save_request.swap(false, Ordering::SeqCst);
             // What is written down must be known.
-            let known = log_due(step) || eval_due || save_due || completed == end;
+            let known = log_due(step) || eval_due || save_due || asked || completed == end;
             stop |= interrupted(self);
             while pending.len() > if known || stop { 0 } else { self.lag } {
                 let Some(begun) = pending.pop_front() else { break };
@@ -492,6 +509,7 @@ impl Trainer {
                 // Ranks stop after the same step: the one in which they agreed to, or where the device lags behind,
                 // the next.
                 stop |= done.stop;
+                asked |= done.save;
                 if done.skipped && self.is_main() {
                     warn!(step, loss = done.loss, grad_norm = done.grad_norm, "not finite: step skipped");
                     observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
@@ -531,9 +549,15 @@ impl Trainer {
                 }
             }
             // Not while steps are skipped: what is kept from before is what a diverged run can go back to.
-            if last || ((improved || save_due) && self.progress.skipped_in_a_row == 0) {
+            // Where a step is still under way, the next one ends with nothing pending.
+            let asked_now = asked && pending.is_empty();
+            if last || ((improved || save_due || asked_now) && self.progress.skipped_in_a_row == 0) {
                 self.save(improved)?;
                 saved = Some(completed);
+                if asked && self.is_main() {
+                    observer.on_message(&format!("step {completed}: saved, as asked, {}", self.run.latest().display()));
+                }
+                asked = false;
             }
             since.aside += aside.elapsed();
             if !since.running {
@@ -624,11 +648,12 @@ impl Trainer {
         }
         let mut norms = foreach_norms(&grads)?;
         let mut norm = norms.norm();
-        let mut stop = Tensor::zeros([], (Kind::Double, self.device));
+        let mut requests = Tensor::zeros([2], (Kind::Double, self.device));
         if let Some(parallel) = &self.parallel {
             let of_each = reported.then_some(&norms);
-            let agreed = parallel.agree(&loss, &norm, &found_inf, interrupt.load(Ordering::SeqCst), of_each)?;
-            (loss, norm, found_inf, stop) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.stop);
+            let (stop, save) = (interrupt.load(Ordering::SeqCst), self.save_request.swap(false, Ordering::SeqCst));
+            let agreed = parallel.agree(&loss, &norm, &found_inf, [stop, save], of_each)?;
+            (loss, norm, found_inf, requests) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.requests);
             norms = agreed.norms.unwrap_or(norms);
             bytes *= parallel.ddp().world_size() as u64;
         }
@@ -656,8 +681,8 @@ impl Trainer {
         self.progress.completed += 1;
         self.progress.bytes_seen += bytes;
         self.set_quantization();
-        let numbers = [loss, norm, found_inf, stop].map(|x| x.to_kind(Kind::Double));
-        let numbers: Vec<Tensor> = [Tensor::stack(&numbers, 0)].into_iter().chain(internals).collect();
+        let numbers = [loss, norm, found_inf].map(|x| x.to_kind(Kind::Double));
+        let numbers: Vec<Tensor> = [Tensor::stack(&numbers, 0), requests].into_iter().chain(internals).collect();
         let numbers = HostCopy::start(&Tensor::cat(&numbers, 0))?;
         Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, numbers })
     }
@@ -667,13 +692,13 @@ impl Trainer {
         let arrived = begun.numbers.wait()?;
         let mut numbers = vec![0.0; arrived.numel()];
         arrived.copy_data(&mut numbers, arrived.numel());
-        let (&[loss, grad_norm, found_inf, stop], internals) =
-            numbers.split_first_chunk().expect("a step's four numbers come first");
+        let (&[loss, grad_norm, found_inf, stop, save], internals) =
+            numbers.split_first_chunk().expect("a step's five numbers come first");
         let skipped = found_inf > 0.0;
         self.progress.skipped += u64::from(skipped);
         self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
         let internals = (!internals.is_empty()).then(|| self.internals.row(begun.step, internals));
-        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0, internals })
+        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0, save: save > 0.0, internals })
     }
 
     /// Says what this rank is doing, for the watch.
@@ -708,7 +733,7 @@ impl Trainer {
 
     /// The logs, continued where the run is.
     fn logs(&self) -> Result<(MetricsWriter, TensorBoardWriter), TrainError> {
-        let dir = self.run.dir();
+        let dir = &self.run.events();
         match self.progress.completed.checked_sub(1) {
             None => Ok((MetricsWriter::create(&self.run.metrics())?, TensorBoardWriter::create(dir, None)?)),
             Some(last) => Ok((
@@ -766,7 +791,7 @@ impl Trainer {
             None => None,
         };
         if self.is_main() {
-            let path = self.run.after(self.progress.completed);
+            let path = self.run.make_way(self.progress.completed)?;
             let last = self.progress.completed.saturating_sub(1);
             let contents = Contents {
                 config: &self.config,

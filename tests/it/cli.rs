@@ -49,6 +49,8 @@ fn training_fills_the_run_directory() {
     assert_eq!((checkpoint.progress().completed, checkpoint.model_config().d_model), (6, 32));
 
     let config = ws.read("run/config.yaml");
+    let (mark, config) = config.split_once('\n').expect("a first line");
+    assert!(mark.starts_with("# Written by bbt"), "{mark}");
     assert_eq!(ws.ok(&format!("config {flags}")).text(), config);
     assert_eq!(ws.ok("config --config run/config.yaml").text(), config);
 
@@ -82,12 +84,14 @@ fn out_may_name_a_pt_file() {
     ws.ok("train --config tiny.yaml --out models/a.pt");
     assert_eq!(ws.numbered("models", "a"), [2, 4, 6]);
     let names = ws.names("models");
-    for name in ["a.pt", "config.yaml", "metrics.jsonl"] {
-        assert!(names.iter().any(|n| n == name), "{name} in {names:?}");
-    }
-    // Without a directory: the current one.
+    let numbered = ["a-00000002.pt", "a-00000004.pt", "a-00000006.pt"];
+    assert_eq!(names, [&numbered[..], &["a.config.yaml", "a.metrics.jsonl", "a.pt", "a.tb"]].concat());
+    assert_eq!(ws.names("models/a.tb").len(), 1);
+    // Without a directory: the current one. The usual name stands for a directory of its own.
     ws.ok("train --config tiny.yaml --out b.pt");
-    assert!(ws.path("b.pt").exists() && ws.path("metrics.jsonl").exists());
+    assert!(ws.path("b.pt").exists() && ws.path("b.metrics.jsonl").exists());
+    ws.ok("train --config tiny.yaml --out run/ckpt.pt");
+    assert!(ws.path("run/metrics.jsonl").exists() && ws.path("run/config.yaml").exists());
 }
 
 #[test]
@@ -111,15 +115,15 @@ fn the_originals_command_lines_train_and_resume() {
     let data = "--data text.bin --batch_size 2 --grad_accum 2 --seq_len 24 --seq_len_cap 16";
     let line = format!("train {data} {model} {optim} --out out.pt --log_every 1 --save_every 2");
     ws.ok(&format!("{line} --steps 4 --allow_overwrite"));
-    let config = Config::from_yaml(&ws.read("config.yaml")).expect("reads back");
+    let config = Config::from_yaml(&ws.read("out.config.yaml")).expect("reads back");
     assert_eq!((config.model.n_kv_head, config.optim.warmup_steps, config.data.seq_len), (Some(1), Some(2), Some(16)));
     assert_eq!((config.train.grad_accum, config.train.checkpointing), (2, false));
 
     // To the same file, as the original is resumed; the second time also allowed to overwrite it.
     ws.ok(&format!("{line} --steps 6 --resume out.pt"));
-    assert_eq!(ws.losses("metrics.jsonl").into_keys().collect::<Vec<_>>(), (0..6).collect::<Vec<_>>());
+    assert_eq!(ws.losses("out.metrics.jsonl").into_keys().collect::<Vec<_>>(), (0..6).collect::<Vec<_>>());
     ws.ok(&format!("{line} --steps 8 --resume out.pt --no_opt_state --allow_overwrite"));
-    assert_eq!(ws.losses("metrics.jsonl").into_keys().collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+    assert_eq!(ws.losses("out.metrics.jsonl").into_keys().collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
     // argparse takes the flag without --resume, too.
     ws.ok(&format!("{line} --steps 2 --no_opt_state --allow_overwrite"));
 }
@@ -234,7 +238,8 @@ fn a_signal_finishes_the_step_saves_and_says_how_to_resume() {
 
         let checkpoint = if out.ends_with(".pt") { ws.path(out) } else { ws.path(out).join("ckpt.pt") };
         let steps = TrainingCheckpoint::open(&checkpoint).expect("opens").progress().completed;
-        let log = checkpoint.parent().expect("a directory").join("metrics.jsonl");
+        let log = if out.ends_with(".pt") { "model.metrics.jsonl" } else { "metrics.jsonl" };
+        let log = checkpoint.parent().expect("a directory").join(log);
         let log = log.to_str().expect("UTF-8");
         assert_eq!(ws.losses(log).len() as u64, steps, "saved after the last step that was logged");
 
