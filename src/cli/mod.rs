@@ -13,6 +13,7 @@ mod launch;
 mod pack;
 mod plot;
 mod progress;
+mod smoke_test;
 mod spelling;
 mod train;
 
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::cgroup;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::launch::{EnvError, LaunchError};
@@ -33,6 +35,8 @@ use crate::training::{RunDir, RunDirError};
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
 #[derive(Parser)]
 #[command(name = "bbt", version, arg_required_else_help = true)]
+// A flag that is given twice: the last one holds, as in argparse. Wrappers rely on it.
+#[command(args_override_self = true)]
 #[command(after_help = "Every flag may be spelled with hyphens or underscores: --n-layer, --n_layer.\n\n\
 Examples:\n  \
 bbt pack --out corpus --val-frac 0.05 ~/notes\n  \
@@ -81,8 +85,16 @@ fn parsed(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> 
 pub fn main() -> ExitCode {
     let cli = match parsed(std::env::args_os()) {
         Ok(cli) => cli,
-        // clap's own: help and version on stdout with status 0, usage errors on stderr with 2.
-        Err(error) => error.exit(),
+        // Usage errors, on stderr with status 2.
+        Err(error) if error.use_stderr() => error.exit(),
+        // Help and version, on stdout with 0, unless that cannot be written.
+        Err(help) => match help.print().and_then(|()| io::stdout().flush()) {
+            Err(error) if !is_broken_pipe(&error) => {
+                say(&on_stdout(error).to_string());
+                return ExitCode::FAILURE;
+            }
+            _ => return ExitCode::SUCCESS,
+        },
     };
     set_up_logging();
     // libtorch's failures inside tch are panics: they end as an error message, not as a backtrace.
@@ -101,14 +113,26 @@ pub fn main() -> ExitCode {
     ExitCode::from(status(&error))
 }
 
+/// Whether stderr is a terminal that can move its cursor and show colours. One whose TERM is `dumb` or not set
+/// (Emacs, some CI) gets plain lines, as a pipe does.
+fn stderr_is_capable() -> bool {
+    let term = std::env::var_os("TERM").unwrap_or_default();
+    io::stderr().is_terminal() && !term.is_empty() && term != "dumb"
+}
+
 /// A message of failure on stderr.
 fn say(message: &str) {
-    let red = if io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+    let red = if stderr_is_capable() && std::env::var_os("NO_COLOR").is_none() {
         ("\x1b[1;31m", "\x1b[0m")
     } else {
         ("", "")
     };
     eprintln!("{}bbt:{} {message}", red.0, red.1);
+}
+
+/// A line on stderr for a person. Where it cannot be written, nothing is lost.
+fn remark(message: &str) {
+    let _ = writeln!(io::stderr(), "{message}");
 }
 
 /// The exit status for a failure: that of a launched rank, 2 where the user asked for what cannot be, else 1.
@@ -171,7 +195,7 @@ fn set_up_logging() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(stderr_is_capable())
         .init();
 }
 
@@ -226,9 +250,12 @@ fn checkpoint(path: &Path) -> Result<PathBuf, RunDirError> {
     RunDir::new(path).newest().ok_or_else(|| RunDirError::NoCheckpoint(path.into()))
 }
 
-/// Sets the number of threads that libtorch computes with.
+/// Sets the number of threads that libtorch computes with: `threads`, or where neither they nor OMP_NUM_THREADS say,
+/// libtorch's own choice, but no more than the container may use of the CPU.
 fn set_threads(threads: Option<usize>) {
-    if let Some(threads) = threads {
+    let chosen = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"].iter().any(|name| std::env::var_os(name).is_some());
+    let allowed = || cgroup::limits().threads().filter(|&allowed| !chosen && allowed < tch::get_num_threads() as usize);
+    if let Some(threads) = threads.or_else(allowed) {
         tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -12,6 +13,7 @@ use anyhow::{Context, anyhow};
 use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
+use super::smoke_test::SmokeTest;
 use crate::checkpoint::TrainingCheckpoint;
 use crate::launch::RankEnv;
 use crate::libtorch::exit_at_once;
@@ -45,6 +47,9 @@ pub struct Args {
     /// Replace a run that --out holds already
     #[arg(long, help_heading = "Start")]
     allow_overwrite: bool,
+    /// Ten steps of a tiny model on random bytes, to see whether everything works; nothing is kept
+    #[arg(long, conflicts_with_all = ["resume", "init"], help_heading = "Start")]
+    smoke_test: bool,
     /// Train as one of many processes, started by torchrun or `bbt launch` (implied where they set RANK and
     /// WORLD_SIZE)
     #[arg(long, help_heading = "Run")]
@@ -72,7 +77,9 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
         }
         exit_at_once(1);
     };
+    let waiting = say_what_is_waited_for(&env, timeout);
     let ddp = Rc::new(setup_ddp(env, Duration::from_secs(timeout), Arc::new(on_failure))?);
+    drop(waiting);
     let error = match catch_unwind(AssertUnwindSafe(|| train(args, Some(&ddp)))) {
         Ok(Ok(())) => {
             ddp.done();
@@ -89,8 +96,37 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
     exit_at_once(super::status(&error).into());
 }
 
+/// How long a rank that waits for the store is silent about it.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// Tells whoever started one process, and whose environment says that it is one of many, what it waits for: rank 0 at
+/// once where no launcher looks after all ranks, another after some seconds without the store, unless what is returned
+/// is dropped before.
+fn say_what_is_waited_for(env: &RankEnv, timeout: u64) -> Option<Sender<()>> {
+    let RankEnv { rank, world_size, master_addr, master_port, .. } = env;
+    let at = format!("at {master_addr}:{master_port} (MASTER_ADDR, MASTER_PORT), up to {timeout} s (ddp.timeout)");
+    if *rank == 0 && !env.agent_store {
+        if *world_size > 1 {
+            super::remark(&format!("rank 0 of WORLD_SIZE={world_size}: waiting for the other ranks {at}"));
+        }
+        return None;
+    }
+    let message = format!("rank {rank} of WORLD_SIZE={world_size}: waiting for the store of all ranks {at}");
+    let (sender, dropped) = mpsc::channel();
+    std::thread::spawn(move || {
+        if dropped.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+            super::remark(&message);
+        }
+    });
+    Some(sender)
+}
+
 fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
-    let layers = args.config.layers()?;
+    let mut layers = args.config.layers()?;
+    let smoke_test = args.smoke_test.then(SmokeTest::new).transpose()?;
+    if let Some(smoke_test) = &smoke_test {
+        smoke_test.apply(&mut layers)?;
+    }
     let out = layers.given()?.train.out;
     let run = RunDir::new(&out);
     let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
@@ -148,7 +184,9 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     if !main {
         return Ok(());
     }
-    if summary.finished {
+    if smoke_test.is_some() {
+        eprintln!("smoke test: {} steps done; nothing was kept", summary.completed);
+    } else if summary.finished {
         eprintln!("done: {} steps, {}", summary.completed, summary.checkpoint.display());
     } else {
         eprintln!("stopped after step {} of {total}, saved {}", summary.completed, summary.checkpoint.display());
