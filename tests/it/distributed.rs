@@ -806,7 +806,7 @@ fn what_a_launcher_left_in_the_environment() {
     }
     // A whole set of variables: rank 0 says at once what it waits for.
     let port = free_port().to_string();
-    let whole = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)];
+    let whole = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port.as_str())];
     let mut waiting = run(&whole, "train --config tiny.yaml --out waits");
     let said = format!("rank 0 of WORLD_SIZE=2: waiting for the other ranks at 127.0.0.1:{port}");
     waiting.until("says what it waits for", |running| running.stderr().contains(&said));
