@@ -85,7 +85,8 @@ fn main() {
         println!("cargo:rustc-link-lib=c10_cuda");
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed,-ltorch_cuda,--as-needed");
     }
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    // As RPATH, which counts before LD_LIBRARY_PATH: a RUNPATH would give way to another PyTorch's libtorch there.
+    println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags,-rpath,{}", lib.display());
 }
 
 /// Headers of others, which warn of what is not ours to mend.

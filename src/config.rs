@@ -5,6 +5,7 @@
 //! and [`Layers::resolve`] makes the [`Config`]. `bbt config` prints the result; every key and its
 //! default is a field of the structs below.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -327,7 +328,7 @@ impl DataConfig {
         }
     }
 
-    /// The longest sequence of the run: what evaluation uses.
+    /// The longest sequence of the run: what evaluation uses, unless `train.eval_seq_len` says otherwise.
     pub fn max_seq_len(&self) -> i64 {
         self.curriculum().iter().map(|&(_, length)| length).max().unwrap_or(DEFAULT_SEQ_LEN)
     }
@@ -523,6 +524,10 @@ pub struct TrainConfig {
     pub eval_every: u64,
     /// Evaluate on about so many bytes of `data.val`, in pieces spread evenly over it; null: on all of it.
     pub eval_bytes: Option<u64>,
+    /// Sequence length of evaluations, in bytes; null: the longest that is trained on.
+    pub eval_seq_len: Option<i64>,
+    /// Log the loss of whitespace and of all other bytes apart, too.
+    pub log_byte_class_loss: bool,
     /// Save every so many steps, and at the end; 0: at the end only.
     pub save_every: u64,
     /// Numbered checkpoints kept, besides the best by validation.
@@ -575,6 +580,8 @@ impl Default for TrainConfig {
             peak_tflops: None,
             eval_every: 200,
             eval_bytes: None,
+            eval_seq_len: None,
+            log_byte_class_loss: false,
             save_every: 500,
             keep: 3,
             stop_at: None,
@@ -601,6 +608,9 @@ impl TrainConfig {
         }
         if let Some(bytes) = self.eval_bytes {
             at_least("train.eval_bytes", bytes as i64, 2)?;
+        }
+        if let Some(length) = self.eval_seq_len {
+            at_least("train.eval_seq_len", length, 1)?;
         }
         if self.out.as_os_str().is_empty() {
             return Err(invalid("train.out", "must name a directory or a .pt file"));
@@ -783,31 +793,71 @@ impl Config {
     }
 }
 
-/// The parser's message, with the line. serde_yaml leaves it out for an unknown section, so that is looked
-/// up in the text.
+/// The parser's message in a user's words, with the line. serde_yaml leaves that out for an unknown section, so it is
+/// looked up in the text.
 fn with_line(error: &serde_yaml::Error, text: &str) -> String {
-    let message = error.to_string();
+    let message = in_plain_words(&error.to_string());
     if message.contains(" at line ") {
         return message;
     }
     let Some(key) = message.split('`').nth(1) else { return message };
-    let names_key = |line: &str| {
-        let line = line.trim_start_matches(['"', '\'', '{', ' ']);
-        line.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
-    };
-    let mut lines = (0..).zip(text.lines()).filter(|(_, line)| names_key(line)).map(|(index, _)| index);
+    let mut lines = (1..).zip(text.lines()).filter(|(_, line)| names(line, key)).map(|(number, _)| number);
     // Of a key that stands twice, the second is the mistake.
     let line: Option<usize> = if message.starts_with("duplicate") { lines.nth(1) } else { lines.next() };
     match line {
-        Some(index) => format!("{message} at line {}", index + 1),
+        Some(number) => format!("{message} at line {number}"),
         None => message,
     }
+}
+
+/// Whether `line` begins with the section `key`.
+fn names(line: &str, key: &str) -> bool {
+    let line = line.trim_start_matches(['"', '\'', '{', ' ']);
+    line.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
+}
+
+/// The line, from 1, at which `text` sets `section.key`.
+fn line_of(text: &str, section: &str, key: &str) -> Option<usize> {
+    let lines = (1..).zip(text.lines()).skip_while(|(_, line)| !names(line, section));
+    let sets = |line: &str| line.split(['{', ',']).any(|part| names(part, key));
+    let mut lines = lines.map(|(number, line)| (number, line.split_once('#').map_or(line, |(code, _)| code)));
+    lines.find(|(_, line)| sets(line.trim_start_matches(section).trim_start_matches(':'))).map(|(number, _)| number)
+}
+
+/// serde's words for Rust's types, and what they are called in a configuration.
+const TYPES: [(&str, &str); 13] = [
+    ("expected struct Config", "expected sections of keys, as in `train: {steps: 100}`"),
+    ("expected struct ModelConfig", SECTION),
+    ("expected struct QuantConfig", SECTION),
+    ("expected struct DataConfig", SECTION),
+    ("expected struct OptimConfig", SECTION),
+    ("expected struct TrainConfig", SECTION),
+    ("expected struct DdpConfig", SECTION),
+    ("expected a YAML tag starting with '!'", "expected one of its names"),
+    ("expected f64", "expected a number"),
+    ("expected i64", "expected a whole number"),
+    ("expected u64", "expected a whole number, not below 0"),
+    ("expected usize", "expected a whole number, not below 0"),
+    ("expected a tuple of size 2", "expected two values, as in [0.9, 0.95]"),
+];
+
+const SECTION: &str = "expected keys with values, or else no such section";
+
+fn in_plain_words(message: &str) -> String {
+    let mut text = message.replace("invalid type: unit value", "invalid type: nothing");
+    for (rust, plain) in TYPES {
+        text = text.replace(rust, plain);
+    }
+    text
 }
 
 /// What was given, by file and flags, before defaults: a partial configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Layers {
+    /// Each value as its own type is written, so that it reads back as that type.
     given: Mapping,
+    /// Where each key (`section.key`) was given, in words.
+    origins: BTreeMap<String, String>,
 }
 
 impl Layers {
@@ -821,32 +871,40 @@ impl Layers {
     }
 
     fn add_yaml(&mut self, text: &str, path: &Path) -> Result<(), ConfigError> {
-        let yaml = |e| ConfigError::Yaml { path: path.into(), message: with_line(&e, text) };
         if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
             return Ok(());
         }
-        // Typed first: these errors carry the key and the line.
-        let typed: Config = serde_yaml::from_str(text).map_err(yaml)?;
+        let typed: Config = serde_yaml::from_str(text)
+            .map_err(|e| ConfigError::Yaml { path: path.into(), message: with_line(&e, text) })?;
         if typed.data.seq_len.is_some() && typed.data.curriculum.is_some() {
             return Err(ConfigError::Flag {
                 flag: path.display().to_string(),
                 message: "data.seq_len and data.curriculum exclude each other: keep one".into(),
             });
         }
-        let sections: Mapping = serde_yaml::from_str(text).map_err(yaml)?;
-        for (section, keys) in sections {
-            if let (Some(section), Value::Mapping(keys)) = (section.as_str(), keys) {
-                for (key, value) in keys {
-                    if let Some(key) = key.as_str() {
-                        self.put(section, key, value);
-                    }
-                }
-            }
-        }
+        self.take(text, &typed, |section, key| {
+            let line = line_of(text, section, key).map(|line| format!(" line {line}")).unwrap_or_default();
+            format!("{}{line}", path.display())
+        });
         Ok(())
     }
 
-    /// Sets `key` (`section.key`) to a typed value; `flag` is what an error names.
+    /// Takes of `typed`, read from `text`, what `text` names.
+    fn take(&mut self, text: &str, typed: &Config, origin: impl Fn(&str, &str) -> String) {
+        // Once more, for which keys there are. What they are was read above, with their types.
+        let sections: Mapping = serde_yaml::from_str(text).unwrap_or_default();
+        let values = serde_yaml::to_value(typed).unwrap_or_default();
+        for (section, keys) in &sections {
+            let (Some(section), Some(keys)) = (section.as_str(), keys.as_mapping()) else { continue };
+            for key in keys.keys().filter_map(Value::as_str) {
+                if let Some(value) = values.get(section).and_then(|keys| keys.get(key)) {
+                    self.put(section, key, value.clone(), origin(section, key));
+                }
+            }
+        }
+    }
+
+    /// Sets `key` (`section.key`) to a value; `flag` is what an error names.
     ///
     /// # Errors
     /// An unknown key or a value of another type.
@@ -854,13 +912,14 @@ impl Layers {
         let error = |message: String| ConfigError::Flag { flag: flag.into(), message };
         let (section, name) =
             key.split_once('.').ok_or_else(|| error(format!("`{key}` is not of the form section.key")))?;
-        let value = value.into();
         let mut keys = Mapping::new();
-        keys.insert(name.into(), value.clone());
+        keys.insert(name.into(), value.into());
         let mut sections = Mapping::new();
         sections.insert(section.into(), keys.into());
-        serde_yaml::from_value::<Config>(sections.into()).map_err(|e| error(e.to_string()))?;
-        self.put(section, name, value);
+        // As text, so that a value is read by the same rules as in a file.
+        let text = serde_yaml::to_string(&sections).map_err(|e| error(e.to_string()))?;
+        let typed: Config = serde_yaml::from_str(&text).map_err(|e| error(without_line(&e)))?;
+        self.take(&text, &typed, |_, _| flag.into());
         Ok(())
     }
 
@@ -905,7 +964,8 @@ impl Layers {
         }
     }
 
-    fn put(&mut self, section: &str, key: &str, value: Value) {
+    fn put(&mut self, section: &str, key: &str, value: Value, origin: String) {
+        self.origins.insert(format!("{section}.{key}"), origin);
         let keys = self.given.entry(section.into()).or_insert_with(|| Mapping::new().into());
         let Value::Mapping(keys) = keys else { return };
         // The later of the two says how long sequences are.
@@ -978,9 +1038,26 @@ impl Layers {
         if config.data.curriculum.is_none() {
             config.data.seq_len.get_or_insert(DEFAULT_SEQ_LEN);
         }
-        config.validate()?;
+        config.validate().map_err(|error| self.with_origin(error))?;
         Ok(config)
     }
+
+    /// A value out of range, with where it was given.
+    fn with_origin(&self, error: ConfigError) -> ConfigError {
+        match error {
+            ConfigError::Invalid { key, message } => match self.origins.get(&key) {
+                Some(origin) => ConfigError::Invalid { message: format!("{message} ({origin})"), key },
+                None => ConfigError::Invalid { key, message },
+            },
+            other => other,
+        }
+    }
+}
+
+/// The parser's message about a value that stands alone, which has no line worth naming.
+fn without_line(error: &serde_yaml::Error) -> String {
+    let message = in_plain_words(&error.to_string());
+    message.split(" at line ").next().unwrap_or(&message).to_string()
 }
 
 #[cfg(test)]
@@ -1034,6 +1111,75 @@ mod tests {
         let mut l = Layers::default();
         let text = l.set_text("optim.lrr=1").unwrap_err().to_string();
         assert!(text.contains("--set optim.lrr=1") && text.contains("unknown field"), "{text}");
+    }
+
+    #[test]
+    fn a_value_is_read_by_one_rule_wherever_it_stands() {
+        // A number or a truth value where a path or a name belongs.
+        for (text, key, expected) in [
+            ("train: {out: 7}", "train.out=7", "7"),
+            ("data:\n  train: 2024\n", "data.train=2024", "2024"),
+            ("data: {val: false}", "data.val=false", "false"),
+        ] {
+            let mut set = Layers::default();
+            set.set_text(key).unwrap();
+            let [file, flag] = [layers(text).unwrap(), set].map(|layers| layers.resolve(None).unwrap());
+            assert_eq!(file, flag, "{text}");
+            assert_eq!(layers(&file.to_yaml()).unwrap().resolve(None).unwrap(), file, "{text}");
+            let found = [file.train.out.to_str(), Some(file.data.train.as_str()), file.data.val.as_deref()];
+            assert!(found.contains(&Some(expected)), "{found:?}");
+        }
+        for (key, value, part) in [
+            ("train.precision", "16", "`fp32`"),
+            ("train.precision", "[1]", "one of its names"),
+            ("optim.lr", "fast", "a number"),
+            ("optim.lr", "[1]", "a number"),
+            ("optim.betas", "0.9", "two values"),
+            ("optim.betas", "[0.9]", "two values"),
+            ("train.steps", "-1", "not below 0"),
+            ("train.steps", "1.5", "not below 0"),
+            ("train.checkpointing", "maybe", "a boolean"),
+            ("model.n_layer", "two", "a whole number"),
+            ("train.device", "3", "unknown device `3`"),
+            ("model", "1", "section.key"),
+        ] {
+            let mut l = Layers::default();
+            let flag = l.set_text(&format!("{key}={value}")).unwrap_err().to_string();
+            assert!(flag.starts_with(&format!("--set {key}={value}: ")) && flag.contains(part), "{flag}");
+            assert!(!flag.contains(" line "), "a flag has no lines: {flag}");
+            let mut messages = vec![flag];
+            if let Some((section, name)) = key.split_once('.') {
+                let file = message(&format!("# a comment\n{section}:\n  {name}: {value}\n"));
+                let named = ["run.yaml", key, "line 3", part].into_iter().all(|part| file.contains(part));
+                assert!(named, "{file}");
+                messages.push(file);
+            }
+            for text in messages {
+                for rust in ["struct", "enum", "Tagged", "i64", "u64", "f64", "tuple", "unit value"] {
+                    assert!(!text.contains(rust), "{rust} in {text}");
+                }
+            }
+        }
+        for (text, part) in
+            [("- 1\n", "sections of keys"), ("model:\n", "no such section"), ("hello\n", "sections of keys")]
+        {
+            let text = message(text);
+            assert!(text.contains("run.yaml") && text.contains(part) && !text.contains("struct"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_value_out_of_range_says_where_it_was_given() {
+        for (text, origin) in [
+            ("train: {steps: 0}\n", "run.yaml line 1"),
+            ("model:\n  n_layer: 2\ntrain:\n  # steps: 3\n  'steps': 0   # none\n", "run.yaml line 5"),
+            ("optim: {lr: 1}\ntrain: {log_every: 2, steps: 0}\n", "run.yaml line 2"),
+        ] {
+            assert_eq!(message(text), format!("train.steps: 0 is less than 1 ({origin})"));
+        }
+        let mut l = layers("train: {steps: 5}").unwrap();
+        l.set("--steps", "train.steps", 0).unwrap();
+        assert_eq!(l.resolve(None).unwrap_err().to_string(), "train.steps: 0 is less than 1 (--steps)");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 // They panic where nothing can be written; `cli` has `note` and `stdout` instead.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
+pub mod cgroup;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -485,6 +485,7 @@ mod tests {
             mfu: None,
             data_wait: 0.0,
             peak_memory_bytes: 0,
+            byte_classes: None,
         })
     }
 

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use clap::builder::TypedValueParser;
+
 use crate::config::{ConfigError, DeviceSpec, Layers};
 
 /// Print the resolved configuration as YAML: defaults, then the file, then flags
@@ -28,8 +30,11 @@ pub struct ConfigArgs {
     pub set: Vec<String>,
 
     /// Training bytes: directory of shard_*.bin, glob, or one file [data.train]
-    #[arg(long, value_name = "PATH", help_heading = "Data")]
+    #[arg(long, value_name = "PATH", help_heading = "Data", value_parser = Utf8)]
     pub data: Option<String>,
+    /// Held-out bytes, likewise [data.val]
+    #[arg(long, value_name = "PATH", help_heading = "Data", value_parser = Utf8)]
+    pub val_data: Option<String>,
     /// Bytes predicted per window, fixed [data.seq_len]
     #[arg(long, value_name = "N", help_heading = "Data")]
     pub seq_len: Option<i64>,
@@ -53,12 +58,18 @@ pub struct ConfigArgs {
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub d_ff: Option<i64>,
     /// Attention by libtorch's scaled_dot_product_attention [model.attention: sdpa]
-    #[arg(long, help_heading = "Model")]
+    #[arg(long, overrides_with = "no_sdpa", help_heading = "Model")]
     pub use_sdpa: bool,
+    /// Attention by explicit softmax [model.attention: math]
+    #[arg(long, overrides_with = "use_sdpa", help_heading = "Model")]
+    pub no_sdpa: bool,
     /// Activations in full precision [quant.act: none]
     #[arg(long, help_heading = "Model")]
     pub no_act_quant: bool,
 
+    /// Moments in fp32, not 8 bits: what is the default [optim.name: adamw]
+    #[arg(long, help_heading = "Optimizer")]
+    pub no_bnb: bool,
     /// Peak learning rate [optim.lr]
     #[arg(long, value_name = "LR", help_heading = "Optimizer")]
     pub lr: Option<f64>,
@@ -93,6 +104,21 @@ pub struct ConfigArgs {
     /// Keep activations instead of recomputing them [train.checkpointing: false]
     #[arg(long, help_heading = "Run")]
     pub no_ckpt: bool,
+    /// Everything in fp32 [train.precision: fp32]
+    #[arg(long, help_heading = "Run")]
+    pub no_amp: bool,
+    /// Evaluate every N steps on --val-data; 0: never [train.eval_every]
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub val_every: Option<u64>,
+    /// Evaluate on about N micro-batches of --batch-size windows, all ranks together [train.eval_bytes]
+    #[arg(long, value_name = "N", help_heading = "Run", value_parser = clap::value_parser!(u64).range(1..))]
+    pub val_batches: Option<u64>,
+    /// Sequence length of evaluations; else the longest of training [train.eval_seq_len]
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub val_seq_len: Option<i64>,
+    /// Log the loss of whitespace and of all other bytes apart, too [train.log_byte_class_loss]
+    #[arg(long, help_heading = "Run")]
+    pub log_byte_class_loss: bool,
     /// auto, cpu, cuda or cuda:N [train.device]
     #[arg(long, value_name = "DEVICE", help_heading = "Run")]
     pub device: Option<DeviceSpec>,
@@ -106,8 +132,32 @@ pub struct ConfigArgs {
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub save_every: Option<u64>,
     /// Run directory, or a .pt file in it [train.out]
-    #[arg(long, value_name = "PATH", help_heading = "Run")]
+    #[arg(long, value_name = "PATH", help_heading = "Run", value_parser = Utf8)]
     pub out: Option<String>,
+}
+
+/// Takes a path as text. config.yaml and the checkpoint hold it, and both are UTF-8: what is not is refused by name.
+#[derive(Clone)]
+pub struct Utf8;
+
+impl TypedValueParser for Utf8 {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &std::ffi::OsStr,
+    ) -> Result<String, clap::Error> {
+        value.to_str().map(String::from).ok_or_else(|| {
+            let flag = arg.and_then(clap::Arg::get_long).map(|name| format!("--{name} ")).unwrap_or_default();
+            let message = format!(
+                "{flag}{value:?}: this name is not UTF-8, in which the configuration and checkpoints are written: rename \
+                 it, or make a link of another name to it\n"
+            );
+            clap::Error::raw(clap::error::ErrorKind::InvalidUtf8, message).with_cmd(command)
+        })
+    }
 }
 
 impl ConfigArgs {
@@ -136,6 +186,13 @@ impl ConfigArgs {
             "--n-head" "model.n_head" self.n_head;
             "--n-kv-head" "model.n_kv_head" self.n_kv_head;
             "--d-ff" "model.d_ff" self.d_ff;
+            "--val-data" "data.val" self.val_data.clone();
+            "--no-sdpa" "model.attention" self.no_sdpa.then_some("math");
+            "--no-bnb" "optim.name" self.no_bnb.then_some("adamw");
+            "--no-amp" "train.precision" self.no_amp.then_some("fp32");
+            "--val-every" "train.eval_every" self.val_every;
+            "--val-seq-len" "train.eval_seq_len" self.val_seq_len;
+            "--log-byte-class-loss" "train.log_byte_class_loss" self.log_byte_class_loss.then_some(true);
             "--use-sdpa" "model.attention" self.use_sdpa.then_some("sdpa");
             "--no-act-quant" "quant.act" self.no_act_quant.then_some("none");
             "--lr" "optim.lr" self.lr;
@@ -158,6 +215,18 @@ impl ConfigArgs {
         }
         if let Some(cap) = self.seq_len_cap {
             layers.cap_seq_len("--seq-len-cap", cap)?;
+        }
+        if let Some(batches) = self.val_batches {
+            let given = layers.given()?;
+            let length = given.train.eval_seq_len.unwrap_or(given.data.max_seq_len());
+            let bytes = batches.saturating_mul(given.train.batch_size.saturating_mul(length).max(1) as u64);
+            layers.set("--val-batches", "train.eval_bytes", bytes.min(i64::MAX as u64))?;
+        }
+        if self.val_every.is_some_and(|steps| steps > 0) && layers.given()?.data.val.is_none() {
+            return Err(ConfigError::Flag {
+                flag: "--val-every".into(),
+                message: "there is nothing to evaluate on: give --val-data, or data.val in the configuration".into(),
+            });
         }
         Ok(layers)
     }

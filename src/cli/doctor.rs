@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
+use crate::cgroup;
 use crate::libtorch::{AdamW8bitKernel, cuda_memory, host_memory};
 
 /// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
@@ -18,8 +19,12 @@ pub fn run(_: Args) -> anyhow::Result<()> {
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
     writeln!(out, "bbt        {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out, "libtorch   {} in {}", env!("BBT_TORCH_VERSION"), env!("BBT_TORCH_LIB"))?;
-    writeln!(out, "threads    {} for computing", tch::get_num_threads())?;
-    writeln!(out, "memory     {} free", gib(host_memory().available))?;
+    super::set_threads(None);
+    let limited = cgroup::limits().cpus.map(|cpus| format!("; the container may use {cpus:.1} CPUs"));
+    writeln!(out, "threads    {} for computing{}", tch::get_num_threads(), limited.unwrap_or_default())?;
+    let memory = host_memory();
+    let limited = memory.container.map(|limit| format!(" of the {} that the container may use", gib(limit)));
+    writeln!(out, "memory     {} free{}", gib(memory.available), limited.unwrap_or_default())?;
     writeln!(out, "cpu        {}", cpu())?;
     if tch::Cuda::is_available() {
         for index in 0..tch::Cuda::device_count() {

@@ -10,8 +10,9 @@ use anyhow::Context;
 
 use super::UsageError;
 use crate::checkpoint::build_for_inference;
-use crate::config::DeviceSpec;
+use crate::config::{DeviceSpec, VOCAB_SIZE};
 use crate::inference::{Generator, Sampling};
+use crate::libtorch::cuda_memory;
 use crate::utils::device::device;
 
 /// Continue a prompt, byte by byte
@@ -42,8 +43,8 @@ pub struct Args {
     /// Divides the logits; 0: always the most likely byte
     #[arg(long, value_name = "T", default_value_t = 1.0)]
     temperature: f64,
-    /// Choose among the K most likely bytes
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..=256))]
+    /// Choose among the K most likely bytes; 0: among all
+    #[arg(long, value_name = "K")]
     top_k: Option<u64>,
     /// Choose among the most likely bytes that make up this probability
     #[arg(long, value_name = "P")]
@@ -60,6 +61,12 @@ pub struct Args {
     /// Print one JSON object at the end: bytes (prompt and continuation), bytes_per_second
     #[arg(long)]
     json: bool,
+    /// Say on stderr what it took: model, times, bytes per second
+    #[arg(long)]
+    metrics: bool,
+    /// Write the same to a file, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    metrics_json: Option<PathBuf>,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -75,11 +82,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError("the prompt is empty: give at least one byte to continue".into()).into());
     }
     let device = device(args.device)?;
+    let loading = Instant::now();
     let (ckpt, checkpoint) = args.model.open_newest(&args.ckpt)?;
     let model = build_for_inference(&checkpoint, device)?;
+    let load_seconds = loading.elapsed().as_secs_f64();
+    let prompt_bytes = bytes.len();
     let sampling = Sampling {
         temperature: args.temperature,
-        top_k: args.top_k.map(|k| k as usize),
+        // As many as there are, or 0 in the original's words: no choice among them.
+        top_k: args.top_k.filter(|k| (1..VOCAB_SIZE as u64).contains(k)).map(|k| k as usize),
         top_p: args.top_p,
         seed: args.seed,
     };
@@ -100,12 +111,44 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if bytes.len() - prompt.len() < args.max_new_tokens {
         anyhow::bail!("{}: the logits are not finite, though all weights are", ckpt.display());
     }
-    let bytes_per_second = args.max_new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+    let seconds = began.elapsed().as_secs_f64();
+    let bytes_per_second = args.max_new_tokens as f64 / seconds.max(1e-9);
     if args.json {
         writeln!(out, "{}", serde_json::json!({ "bytes": bytes, "bytes_per_second": bytes_per_second }))?;
     } else {
         writeln!(out)?;
         super::note(&format!("{bytes_per_second:.0} bytes per second"));
+    }
+    if args.metrics || args.metrics_json.is_some() {
+        let parameters = checkpoint.model_config().parameters();
+        let new = args.max_new_tokens;
+        // The original's names; a token is a byte.
+        let mut metrics = serde_json::json!({
+            "checkpoint": args.ckpt.display().to_string(),
+            "device": format!("{device:?}").to_lowercase(),
+            "parameter_count": parameters,
+            "model_load_time_s": load_seconds,
+            "generation_time_s": seconds,
+            "prompt_tokens": prompt_bytes,
+            "generated_tokens": new,
+            "total_tokens": prompt_bytes + new,
+            "tokens_per_sec": bytes_per_second,
+            "ms_per_token": if new == 0 { 0.0 } else { 1000.0 * seconds / new as f64 },
+            "temperature": args.temperature,
+            "top_k": args.top_k.unwrap_or(0),
+        });
+        if let tch::Device::Cuda(index) = device {
+            metrics["peak_gpu_memory_mb"] = (cuda_memory(index)?.peak as f64 / (1 << 20) as f64).into();
+        }
+        if args.metrics {
+            for (name, value) in metrics.as_object().into_iter().flatten() {
+                super::note(&format!("{name}: {value}"));
+            }
+        }
+        if let Some(path) = &args.metrics_json {
+            std::fs::write(path, format!("{metrics:#}\n"))
+                .with_context(|| format!("--metrics-json {}", path.display()))?;
+        }
     }
     Ok(())
 }

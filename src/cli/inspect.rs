@@ -36,9 +36,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let newest = super::checkpoint(path, |path| torch_file::read(path).map(|_| path.to_path_buf()))?;
         return checkpoint(out, &newest);
     }
-            None => shards(out, path),
-        };
-    }
     // What it is its content says; only where that is neither, a name may promise a checkpoint.
     let named = path.extension().and_then(|e| e.to_str());
     let named = named.is_some_and(|e| ["pt", "pth", "ckpt", "safetensors"].contains(&e));

@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::value_parser;
 
 use super::UsageError;
-use crate::launch::{Slurm, Supervisor, World};
+use crate::launch::{Slurm, Supervisor, World, resolve};
 use crate::libtorch::Store;
 
 /// How long this machine may take to reach itself.
@@ -157,6 +157,9 @@ fn world(args: &Args, slurm: Option<Slurm>) -> Result<World, UsageError> {
 
 /// Holds the store that the ranks meet at, on this machine, until it is dropped. Port 0 is a free one.
 fn host_store(master_addr: &str, master_port: u16) -> anyhow::Result<Store> {
+    resolve(master_addr, Duration::from_secs(5)).with_context(|| {
+        format!("--master-addr {master_addr}: the name does not resolve on this machine: give another, or an address")
+    })?;
     Store::serve(master_addr, master_port, STORE_TIMEOUT).with_context(|| {
         format!(
             "cannot hold the store of the ranks at {master_addr}:{master_port}: choose another --master-port, or a \

@@ -14,6 +14,7 @@ mod pack;
 mod panic;
 mod plot;
 mod progress;
+mod smoke_test;
 mod spelling;
 mod train;
 
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::cgroup;
 use crate::checkpoint::{CheckpointError, Given, TrainingCheckpoint};
 use crate::config::{ActQuant, ConfigError, ModelConfig};
 use crate::data::DataError;
@@ -36,6 +38,8 @@ use crate::training::RunDir;
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.
 #[derive(Parser)]
 #[command(name = "bbt", version, arg_required_else_help = true)]
+// A flag that is given twice: the last one holds, as in argparse. Wrappers rely on it.
+#[command(args_override_self = true)]
 #[command(after_help = "Every flag may be spelled with hyphens or underscores: --n-layer, --n_layer.\n\n\
 Examples:\n  \
 bbt pack --out corpus --val-frac 0.05 ~/notes\n  \
@@ -84,8 +88,16 @@ fn parsed(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> 
 pub fn main() -> ExitCode {
     let cli = match parsed(std::env::args_os()) {
         Ok(cli) => cli,
-        // clap's own: help and version on stdout with status 0, usage errors on stderr with 2.
-        Err(error) => error.exit(),
+        // Usage errors, on stderr with status 2.
+        Err(error) if error.use_stderr() => error.exit(),
+        // Help and version, on stdout with 0, unless that cannot be written.
+        Err(help) => match help.print().and_then(|()| io::stdout().flush()) {
+            Err(error) if !is_broken_pipe(&error) => {
+                say(&on_stdout(error).to_string());
+                return ExitCode::FAILURE;
+            }
+            _ => return ExitCode::SUCCESS,
+        },
     };
     set_up_logging();
     panic::note_places();
@@ -113,9 +125,16 @@ fn survive_file_size_limit() -> io::Result<()> {
     signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
 }
 
+/// Whether stderr is a terminal that can move its cursor and show colours. One whose TERM is `dumb` or not set
+/// (Emacs, some CI) gets plain lines, as a pipe does.
+fn stderr_is_capable() -> bool {
+    let term = std::env::var_os("TERM").unwrap_or_default();
+    io::stderr().is_terminal() && !term.is_empty() && term != "dumb"
+}
+
 /// A message of failure on stderr.
 fn say(message: &str) {
-    let red = if io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() {
+    let red = if stderr_is_capable() && std::env::var_os("NO_COLOR").is_none() {
         ("\x1b[1;31m", "\x1b[0m")
     } else {
         ("", "")
@@ -177,7 +196,7 @@ fn set_up_logging() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(stderr_is_capable())
         // It would say with eprintln! that stderr cannot be written.
         .log_internal_errors(false)
         .init();
@@ -340,9 +359,12 @@ fn described(model: &ModelConfig, act: ActQuant) -> String {
     )
 }
 
-/// Sets the number of threads that libtorch computes with.
+/// Sets the number of threads that libtorch computes with: `threads`, or where neither they nor OMP_NUM_THREADS say,
+/// libtorch's own choice, but no more than the container may use of the CPU.
 fn set_threads(threads: Option<usize>) {
-    if let Some(threads) = threads {
+    let chosen = ["OMP_NUM_THREADS", "MKL_NUM_THREADS"].iter().any(|name| std::env::var_os(name).is_some());
+    let allowed = || cgroup::limits().threads().filter(|&allowed| !chosen && allowed < tch::get_num_threads() as usize);
+    if let Some(threads) = threads.or_else(allowed) {
         tch::set_num_threads(i32::try_from(threads.max(1)).unwrap_or(i32::MAX));
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
+use clap::ArgAction;
 
 use super::progress::BytesProgress;
 use crate::data::{PackOptions, PackReport, pack};
@@ -16,18 +17,20 @@ use crate::launch::SignalListener;
 /// Examples:
 ///   bbt pack --out corpus ~/notes
 ///   bbt pack --out corpus --ext rs,md --val-frac 0.05 src docs
+///   zcat dump.gz | bbt pack --out corpus -
+///   bbt pack --inputs notes --out_dir shards --exts txt md       the original's command line
 ///
 /// Writes OUT/train/shard_*.bin, OUT/val/shard_*.bin and OUT/manifest.json, all or nothing. The same
 /// files give the same bytes. Documents go whole to one side; hidden files are passed over.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// Files and directories
-    #[arg(required = true, value_name = "PATH")]
+    /// Files and directories; `-` (standard input) and <(command) are read to their end
+    #[arg(required_unless_present = "more_inputs", value_name = "PATH")]
     inputs: Vec<PathBuf>,
-    /// Directory to make
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    /// Directory to make, or an empty one to fill
+    #[arg(long, value_name = "DIR", required_unless_present = "out_dir")]
+    out: Option<PathBuf>,
     /// Bytes per shard, about: a number, or one with K, M or G (powers of 1024)
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size)]
     shard_size: u64,
@@ -35,7 +38,7 @@ pub struct Args {
     #[arg(long, value_name = "BYTE", default_value = "0", value_parser = separator)]
     separator: Separator,
     /// Take only files with these extensions: rs,md
-    #[arg(long, value_name = "EXT,...", value_delimiter = ',')]
+    #[arg(long, value_name = "EXT,...", value_delimiter = ',', action = ArgAction::Set)]
     ext: Vec<String>,
     /// Fraction of the bytes held out for validation, up to 0.5
     #[arg(long, value_name = "FRACTION", default_value_t = 0.0)]
@@ -43,7 +46,30 @@ pub struct Args {
     /// Replace an earlier output
     #[arg(long)]
     allow_overwrite: bool,
+
+    /// Files and directories, as PATH
+    #[arg(long = "inputs", value_name = "PATH", num_args = 1.., action = ArgAction::Set, help_heading = ORIGINAL)]
+    more_inputs: Vec<PathBuf>,
+    /// As --out, but the shards lie in DIR itself, and nothing is held out
+    #[arg(long, value_name = "DIR", conflicts_with = "out", help_heading = ORIGINAL)]
+    out_dir: Option<PathBuf>,
+    /// As --shard-size, in GiB
+    #[arg(long, value_name = "GB", value_parser = gibibytes, conflicts_with = "shard_size", help_heading = ORIGINAL)]
+    shard_size_gb: Option<u64>,
+    /// As --separator: 0 to 255; -1: none
+    #[arg(long, value_name = "BYTE", allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(..=255),
+        conflicts_with = "separator", help_heading = ORIGINAL)]
+    sep_byte: Option<i64>,
+    /// As --ext, with blanks between: txt md
+    #[arg(long, value_name = "EXT", num_args = 0.., action = ArgAction::Set, conflicts_with = "ext", help_heading = ORIGINAL)]
+    exts: Vec<String>,
+    /// Size of the original's read buffer, on which nothing depends here
+    #[arg(long, value_name = "MB", hide = true)]
+    buf_mb: Option<u64>,
 }
+
+/// Above the flags of the PyTorch original's scripts that have other names here.
+const ORIGINAL: &str = "The PyTorch original's flags";
 
 #[derive(Clone, Copy)]
 struct Separator(Option<u8>);
@@ -70,13 +96,21 @@ fn size(text: &str) -> Result<u64, String> {
     number.ok_or_else(|| "expected a number of bytes such as 65536, 64K, 16M or 1G".into())
 }
 
+fn gibibytes(text: &str) -> Result<u64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && number.is_finite());
+    number.map(|number| (number * (1u64 << 30) as f64) as u64).ok_or_else(|| "expected a number above 0".into())
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let flat = args.out_dir.is_some();
     let options = PackOptions {
-        inputs: args.inputs,
-        out: args.out,
-        shard_size: args.shard_size,
-        separator: args.separator.0,
-        extensions: args.ext,
+        inputs: [args.inputs, args.more_inputs].concat(),
+        // clap sees that one of them is there.
+        out: args.out_dir.or(args.out).unwrap_or_default(),
+        flat,
+        shard_size: args.shard_size_gb.unwrap_or(args.shard_size),
+        separator: args.sep_byte.map_or(args.separator.0, |byte| u8::try_from(byte).ok()),
+        extensions: [args.ext, args.exts].concat(),
         val_frac: args.val_frac,
         allow_overwrite: args.allow_overwrite,
     };
@@ -86,7 +120,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .context("cannot listen for Ctrl-C")?;
     let mut bar: Option<BytesProgress> = None;
     let report = pack(&options, |done, total| {
-        bar.get_or_insert_with(|| BytesProgress::new("packing", total)).update(done);
+        // A stream that is being read has no total yet.
+        if total > 0 {
+            bar.get_or_insert_with(|| BytesProgress::new("packing", total)).update(done);
+        }
         if interrupt.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     if let Some(bar) = bar {
@@ -96,12 +133,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// So many warnings are shown.
+const WARNINGS: usize = 10;
+
 fn print(report: &PackReport, options: &PackOptions) {
+    for warning in report.warnings.iter().take(WARNINGS) {
+        super::note(&format!("warning: {warning}"));
+    }
+    if report.warnings.len() > WARNINGS {
+        super::note(&format!("warning: and {} more of the kind", report.warnings.len() - WARNINGS));
+    }
     for (name, split) in [("train", Some(&report.train)), ("val", report.val.as_ref())] {
         if let Some(split) = split {
             super::note(&format!(
                 "{}: {} documents, {} bytes, {} shards",
-                options.out.join(name).display(),
+                if options.flat { options.out.clone() } else { options.out.join(name) }.display(),
                 split.documents,
                 split.bytes,
                 split.shards
@@ -116,6 +162,17 @@ fn print(report: &PackReport, options: &PackOptions) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gigabytes_are_the_originals() {
+        // int(shard_size_gb * 1024**3)
+        for (text, bytes) in [("2.0", 2 << 30), ("0.5", 1 << 29), ("1e-6", 1073), ("3", 3 << 30)] {
+            assert_eq!(gibibytes(text), Ok(bytes), "{text}");
+        }
+        for text in ["0", "-1", "x", "", "inf", "NaN"] {
+            assert!(gibibytes(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_have_units() {

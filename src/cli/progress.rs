@@ -1,8 +1,8 @@
-//! What a person sees of a run as it goes, on stderr: a bar in a terminal, plain lines in a pipe.
+//! What a person sees of a run as it goes, on stderr: a bar in a terminal, plain lines in a pipe or a dumb terminal.
 //!
 //! Colours only in a terminal, and none where [`NO_COLOR`](https://no-color.org) is set.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use crate::training::metrics::{TrainObserver, TrainRow, ValRow};
@@ -20,7 +20,7 @@ enum Display {
 impl Display {
     /// For stderr, as it is now.
     fn stderr(total: u64) -> Self {
-        if !io::stderr().is_terminal() {
+        if !super::stderr_is_capable() {
             return Self::Lines(Box::new(io::stderr()));
         }
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
@@ -188,12 +188,18 @@ impl BytesProgress {
 }
 
 fn train_line(row: &TrainRow, total: u64, left: Option<Duration>) -> String {
-    let TrainRow { step, bits_per_byte, lr, bytes_per_second, skipped_steps, .. } = row;
+    let TrainRow { step, bits_per_byte, lr, bytes_per_second, skipped_steps, byte_classes, .. } = row;
     let mut line = format!(
         "step {}/{total}  {bits_per_byte:.3} bits/byte  lr {lr:.1e}  {}/s",
         step + 1,
         DecimalBytes(*bytes_per_second as u64)
     );
+    if let Some(classes) = byte_classes {
+        line.push_str(&format!(
+            "  whitespace {:.3}, other {:.3} bits/byte",
+            classes.ws_bits_per_byte, classes.nonws_bits_per_byte
+        ));
+    }
     if *skipped_steps > 0 {
         line.push_str(&format!("  {skipped_steps} skipped"));
     }
@@ -253,6 +259,7 @@ mod tests {
             mfu: None,
             data_wait: 0.0,
             peak_memory_bytes: 0,
+            byte_classes: None,
         }
     }
 

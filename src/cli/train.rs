@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
+use super::smoke_test::SmokeTest;
 use super::{Newest, UsageError};
 use crate::checkpoint::{Given, TrainingCheckpoint, rule_of};
 use crate::config::{Config, Layers, ModelConfig, OnUsr1, OptimizerName, QuantConfig};
@@ -49,6 +51,9 @@ pub struct Args {
     /// Replace a run that --out holds already
     #[arg(long, help_heading = "Start")]
     allow_overwrite: bool,
+    /// Ten steps of a tiny model on random bytes, to see whether everything works; nothing is kept
+    #[arg(long, conflicts_with_all = ["resume", "init"], help_heading = "Start")]
+    smoke_test: bool,
     /// Train as one of many processes, started by torchrun or `bbt launch` (implied where they set RANK and
     /// WORLD_SIZE)
     #[arg(long, help_heading = "Run")]
@@ -76,7 +81,9 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
         }
         exit_at_once(1);
     };
+    let waiting = say_what_is_waited_for(&env, timeout);
     let ddp = Rc::new(setup_ddp(env, Duration::from_secs(timeout), Arc::new(on_failure))?);
+    drop(waiting);
     let error = match catch_unwind(AssertUnwindSafe(|| train(args, Some(&ddp)))) {
         Ok(Ok(())) => {
             ddp.done();
@@ -93,8 +100,37 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
     exit_at_once(super::status(&error).into());
 }
 
+/// How long a rank that waits for the store is silent about it.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// Tells whoever started one process, and whose environment says that it is one of many, what it waits for: rank 0 at
+/// once where no launcher looks after all ranks, another after some seconds without the store, unless what is returned
+/// is dropped before.
+fn say_what_is_waited_for(env: &RankEnv, timeout: u64) -> Option<Sender<()>> {
+    let RankEnv { rank, world_size, master_addr, master_port, .. } = env;
+    let at = format!("at {master_addr}:{master_port} (MASTER_ADDR, MASTER_PORT), up to {timeout} s (ddp.timeout)");
+    if *rank == 0 && !env.agent_store {
+        if *world_size > 1 {
+            super::note(&format!("rank 0 of WORLD_SIZE={world_size}: waiting for the other ranks {at}"));
+        }
+        return None;
+    }
+    let message = format!("rank {rank} of WORLD_SIZE={world_size}: waiting for the store of all ranks {at}");
+    let (sender, dropped) = mpsc::channel();
+    std::thread::spawn(move || {
+        if dropped.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+            super::note(&message);
+        }
+    });
+    Some(sender)
+}
+
 fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     let mut layers = args.config.layers()?;
+    let smoke_test = args.smoke_test.then(SmokeTest::new).transpose()?;
+    if let Some(smoke_test) = &smoke_test {
+        smoke_test.apply(&mut layers)?;
+    }
     let given = layers.given()?;
     let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
     let restarted = ddp.is_some_and(|ddp| ddp.restarted());
@@ -196,7 +232,9 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     if !main {
         return Ok(());
     }
-    if summary.finished {
+    if smoke_test.is_some() {
+        super::note(&format!("smoke test: {} steps done; nothing was kept", summary.completed));
+    } else if summary.finished {
         super::note(&format!("done: {} steps, {}", summary.completed, summary.checkpoint.display()));
     } else {
         let (completed, checkpoint) = (summary.completed, summary.checkpoint.display());

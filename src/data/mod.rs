@@ -12,6 +12,7 @@ mod loader;
 mod order;
 mod pack;
 mod pack_plan;
+pub mod stream;
 mod windows;
 
 pub use byte_shard_dataset::ByteShardDataset;
@@ -20,5 +21,5 @@ pub use dataset::{ByteDataset, Shard, open};
 pub use error::DataError;
 pub use loader::{Batch, Loader, LoaderOptions};
 pub use order::{Order, Position};
-pub use pack::{MANIFEST, PackOptions, PackReport, SplitReport, pack};
+pub use pack::{MANIFEST, PackOptions, PackReport, PackWarning, SplitReport, pack};
 pub use windows::Windows;

@@ -27,9 +27,9 @@ pub struct RankEnv {
 /// Variables that make no sense.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum EnvError {
-    /// One is missing.
+    /// One is missing, though a launcher's variables were asked for.
     #[error(
-        "{0} is not set: --ddp needs torchrun's variables; start with `torchrun --no-python … bbt train …` or `bbt launch … -- train …`"
+        "{0} is not set, but --ddp needs torchrun's variables: start with `torchrun --no-python … bbt train …` or `bbt launch … -- train …`"
     )]
     Missing(&'static str),
     /// One has a value that it cannot have.
@@ -42,20 +42,51 @@ pub enum EnvError {
         /// What it should be.
         expected: String,
     },
+    /// The same, where nobody asked for more than one process: some variables are set, perhaps left by a launcher.
+    #[error(
+        "{problem}; it counts because {set} are set: `unset {set}` to train as one process, or start with `torchrun --no-python … bbt train …` or `bbt launch … -- train …`"
+    )]
+    Leftover {
+        /// What is wrong.
+        problem: String,
+        /// The variables that are set, one after another.
+        set: String,
+    },
 }
 
+/// The variables that say which process of how many this one is, and where they meet.
+const PLACE: [&str; 4] = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
+
 impl RankEnv {
-    /// This process's place, from its environment. Without `required`: none where no launcher has set both
-    /// `RANK` and `WORLD_SIZE`.
+    /// This process's place, from its environment. A variable without a value counts as not set. Without `required`
+    /// (`--ddp`) the place is none where `RANK` or `WORLD_SIZE` is not set, or where they say that this is the only
+    /// process and nothing says where to meet: a launcher that ended may have left them.
     ///
     /// # Errors
     /// A variable that is missing or malformed.
     pub fn from_env(required: bool) -> Result<Option<Self>, EnvError> {
-        let lookup = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        if !required && (lookup("RANK").is_none() || lookup("WORLD_SIZE").is_none()) {
+        Self::find(required, |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    fn find(required: bool, lookup: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, EnvError> {
+        if required {
+            return Self::read(lookup).map(Some);
+        }
+        let is_set = |name: &str| given(&lookup, name).is_some();
+        if !is_set("RANK") || !is_set("WORLD_SIZE") {
             return Ok(None);
         }
-        Self::read(lookup).map(Some)
+        let is = |name, number: &str| given(&lookup, name).is_some_and(|value| value.trim() == number);
+        if is("RANK", "0") && is("WORLD_SIZE", "1") && !(is_set("MASTER_ADDR") && is_set("MASTER_PORT")) {
+            return Ok(None);
+        }
+        Self::read(&lookup).map(Some).map_err(|error| EnvError::Leftover {
+            problem: match &error {
+                EnvError::Missing(name) => format!("{name} is not set"),
+                other => other.to_string(),
+            },
+            set: PLACE.into_iter().filter(|name| is_set(name)).collect::<Vec<_>>().join(" "),
+        })
     }
 
     /// The same from any source of variables.
@@ -69,14 +100,11 @@ impl RankEnv {
         }
         let rank = below(&lookup, "RANK", None, world_size, "WORLD_SIZE")?;
         let local_world_size = number(&lookup, "LOCAL_WORLD_SIZE", Some(1))?;
-        let local_rank = match lookup("LOCAL_WORLD_SIZE") {
+        let local_rank = match given(&lookup, "LOCAL_WORLD_SIZE") {
             Some(_) => below(&lookup, "LOCAL_RANK", None, local_world_size, "LOCAL_WORLD_SIZE")?,
             None => below(&lookup, "LOCAL_RANK", Some(0), world_size, "WORLD_SIZE")?,
         };
-        let master_addr = lookup("MASTER_ADDR").ok_or(EnvError::Missing("MASTER_ADDR"))?;
-        if master_addr.trim().is_empty() {
-            return Err(malformed("MASTER_ADDR", &master_addr, "must be the name or address of rank 0's machine"));
-        }
+        let master_addr = given(&lookup, "MASTER_ADDR").ok_or(EnvError::Missing("MASTER_ADDR"))?;
         let master_port = number(&lookup, "MASTER_PORT", None)?;
         if master_port == 0 {
             return Err(malformed("MASTER_PORT", "0", "must be a port that every rank can know, from 1 to 65535"));
@@ -89,10 +117,15 @@ impl RankEnv {
             master_addr,
             master_port,
             // torchrun writes Python's True.
-            agent_store: lookup("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|v| v.eq_ignore_ascii_case("true")),
+            agent_store: given(&lookup, "TORCHELASTIC_USE_AGENT_STORE").is_some_and(|v| v.eq_ignore_ascii_case("true")),
             restart_count: number(&lookup, "TORCHELASTIC_RESTART_COUNT", Some(0))?,
         })
     }
+}
+
+/// The value of a variable that is set and not empty.
+fn given(lookup: &impl Fn(&str) -> Option<String>, name: &str) -> Option<String> {
+    lookup(name).filter(|value| !value.trim().is_empty())
 }
 
 fn malformed(name: &'static str, value: &str, expected: impl Into<String>) -> EnvError {
@@ -104,7 +137,7 @@ fn number<T: FromStr>(
     name: &'static str,
     default: Option<T>,
 ) -> Result<T, EnvError> {
-    match (lookup(name), default) {
+    match (given(lookup, name), default) {
         (Some(value), _) => value.trim().parse().map_err(|_| {
             let largest = if size_of::<T>() == 2 { " up to 65535" } else { "" };
             malformed(name, &value, format!("must be a whole number{largest}"))
@@ -162,20 +195,55 @@ mod tests {
         assert_eq!((bare.local_rank, bare.local_world_size, bare.agent_store), (0, 1, false));
     }
 
+    /// Finds the place among these variables.
+    fn find(required: bool, variables: &[(&str, &str)]) -> Result<Option<RankEnv>, EnvError> {
+        RankEnv::find(required, |name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.to_string()))
+    }
+
+    #[test]
+    fn what_a_launcher_left_behind_makes_one_process_or_is_named() {
+        for alone in [
+            &[][..],
+            &[("WORLD_SIZE", "8")],
+            &[("RANK", "0")],
+            &[("RANK", ""), ("WORLD_SIZE", " ")],
+            &[("RANK", "0"), ("WORLD_SIZE", "1")],
+            &[("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "node0"), ("MASTER_PORT", "")],
+        ] {
+            assert_eq!(find(false, alone), Ok(None), "{alone:?}");
+            assert!(find(true, alone).unwrap_err().to_string().contains("--ddp"), "{alone:?}");
+        }
+        let one = [("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "node0"), ("MASTER_PORT", "1")];
+        assert_eq!(find(false, &one).unwrap().map(|env| env.world_size), Some(1));
+        for (variables, problem, unset) in [
+            (&[("RANK", "0"), ("WORLD_SIZE", "2")][..], "MASTER_ADDR is not set", "`unset RANK WORLD_SIZE`"),
+            (&[("RANK", "x"), ("WORLD_SIZE", "2")], "RANK=x: must be a whole number", "`unset RANK WORLD_SIZE`"),
+            (
+                &[("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a")],
+                "MASTER_PORT is not set",
+                "`unset RANK WORLD_SIZE MASTER_ADDR`",
+            ),
+        ] {
+            let message = find(false, variables).unwrap_err().to_string();
+            assert!(message.starts_with(problem) && message.contains(unset), "{message}");
+            assert!(!message.contains("--ddp"), "nobody gave --ddp: {message}");
+        }
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for name in ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] {
-            let error = read(&[(name, None)]).unwrap_err();
-            assert!(error.to_string().starts_with(&format!("{name} is not set")), "{error}");
+            for nothing in [None, Some(""), Some(" ")] {
+                let error = read(&[(name, nothing)]).unwrap_err();
+                assert!(error.to_string().starts_with(&format!("{name} is not set")), "{error}");
+            }
         }
         for (name, value) in [
             ("RANK", "4"),
             ("RANK", "-1"),
-            ("RANK", ""),
             ("LOCAL_RANK", "2"),
             ("WORLD_SIZE", "0"),
             ("WORLD_SIZE", "two"),
-            ("MASTER_ADDR", " "),
             ("MASTER_PORT", "0"),
             ("MASTER_PORT", "65536"),
             ("TORCHELASTIC_RESTART_COUNT", "x"),

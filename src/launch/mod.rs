@@ -7,6 +7,7 @@
 
 mod env;
 mod error;
+mod host;
 mod lines;
 mod output;
 mod process;
@@ -17,6 +18,7 @@ mod world;
 
 pub use env::{EnvError, RankEnv};
 pub use error::LaunchError;
+pub use host::resolve;
 pub use signals::{Signal, SignalListener};
 pub use slurm::Slurm;
 pub use supervisor::Supervisor;

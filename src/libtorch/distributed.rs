@@ -6,6 +6,8 @@
 
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use tch::{Device, Tensor};
@@ -54,7 +56,7 @@ impl Store {
     /// # Errors
     /// The port is in use, or `host` is not this machine.
     pub fn serve(host: &str, port: u16, timeout: Duration) -> Result<Self, Error> {
-        Self::new(host, port, true, timeout, "")
+        Self::within(host, port, true, timeout, "")
     }
 
     /// Connects to the store at `host`:`port`, waiting for it up to `timeout`. Keys are put behind `prefix`.
@@ -62,7 +64,26 @@ impl Store {
     /// # Errors
     /// Nobody answers there.
     pub fn connect(host: &str, port: u16, timeout: Duration, prefix: &str) -> Result<Self, Error> {
-        Self::new(host, port, false, timeout, prefix)
+        Self::within(host, port, false, timeout, prefix)
+    }
+
+    /// [`Store::new`], given up after `timeout`. c10d's own timeout bounds the connection, but not the answer to its
+    /// greeting: it would wait for ever for somebody who accepts connections and says nothing. The thread that waits
+    /// is then left behind.
+    fn within(host: &str, port: u16, server: bool, timeout: Duration, prefix: &str) -> Result<Self, Error> {
+        let (tell, told) = mpsc::channel();
+        let (own_host, own_prefix) = (host.to_string(), prefix.to_string());
+        let make = move || drop(tell.send(Self::new(&own_host, port, server, timeout, &own_prefix)));
+        thread::Builder::new()
+            .name("store".into())
+            .spawn(make)
+            .map_err(|error| Error(format!("cannot start a thread: {error}")))?;
+        told.recv_timeout(timeout).unwrap_or_else(|error| {
+            Err(Error(match error {
+                RecvTimeoutError::Timeout => format!("nothing came of it in {} s", timeout.as_secs()),
+                RecvTimeoutError::Disconnected => "the connection failed".into(),
+            }))
+        })
     }
 
     fn new(host: &str, port: u16, server: bool, timeout: Duration, prefix: &str) -> Result<Self, Error> {

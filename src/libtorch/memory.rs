@@ -4,12 +4,16 @@
 use std::fs;
 
 use super::{Error, ffi};
+use crate::cgroup;
 
 /// Memory of the host, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct HostMemory {
-    /// What this process could still take without swapping (`MemAvailable`).
+    /// What this process could still take without swapping: of the machine (`MemAvailable`), and of what its container
+    /// may have.
     pub available: u64,
+    /// What the container may have in all, where that is what leaves the least.
+    pub container: Option<u64>,
     /// The most this process has had resident so far (`VmHWM`).
     pub peak: u64,
 }
@@ -27,7 +31,13 @@ pub struct CudaMemory {
 
 /// The host's memory; zero where `/proc` does not say.
 pub fn host_memory() -> HostMemory {
-    HostMemory { available: kib("/proc/meminfo", "MemAvailable:"), peak: kib("/proc/self/status", "VmHWM:") }
+    let machine = kib("/proc/meminfo", "MemAvailable:");
+    let container = cgroup::limits().memory.filter(|group| machine == 0 || group.available < machine);
+    HostMemory {
+        available: container.map_or(machine, |group| group.available),
+        container: container.map(|group| group.limit),
+        peak: kib("/proc/self/status", "VmHWM:"),
+    }
 }
 
 fn kib(path: &str, key: &str) -> u64 {

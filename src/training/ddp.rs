@@ -5,6 +5,7 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use tch::Device;
 use super::watch::{Cause, OnFailure, Phase, Verdict, Watch};
 use crate::config::{self, Config, DdpConfig, DeviceSpec};
 use crate::data::ByteDataset;
-use crate::launch::RankEnv;
+use crate::launch::{RankEnv, resolve};
 use crate::libtorch::{self, Backend, ProcessGroup, Store};
 use crate::utils::optim::adamw8bit_kernel;
 
@@ -30,9 +31,21 @@ pub enum DdpError {
         /// Why.
         source: libtorch::Error,
     },
+    /// The name of the machine with the store is unknown here.
+    #[error(
+        "MASTER_ADDR={addr}: the name does not resolve on this machine ({source}): check it with `getent hosts {addr}`; {}",
+        ALONE
+    )]
+    UnknownHost {
+        /// The host.
+        addr: String,
+        /// The resolver's words.
+        source: std::io::Error,
+    },
     /// Nobody answers where the store should be.
     #[error(
-        "rank {rank}: no answer from the store at {addr}:{port} within {seconds} s (MASTER_ADDR, MASTER_PORT): is rank 0 or its launcher running there, and is the port open? ({source})"
+        "MASTER_ADDR={addr}, MASTER_PORT={port}: rank {rank} got no answer from the store at {addr}:{port} within {seconds} s: is rank 0 or its launcher running there, and is the port open? ({source}); {}",
+        ALONE
     )]
     Connect {
         /// This rank.
@@ -46,11 +59,40 @@ pub enum DdpError {
         /// libtorch's words.
         source: libtorch::Error,
     },
+    /// Somebody is at the store's port who is no store.
+    #[error(
+        "MASTER_ADDR={addr}, MASTER_PORT={port}: something at {addr}:{port} takes connections, but did not answer rank {rank} as a store does within {seconds} s: is another program at that port? Choose another one for all ranks"
+    )]
+    Silent {
+        /// This rank.
+        rank: usize,
+        /// The host.
+        addr: String,
+        /// The port.
+        port: u16,
+        /// How long it was tried.
+        seconds: u64,
+    },
+    /// The network interface that Gloo is to use is not there.
+    #[error(
+        "GLOO_SOCKET_IFNAME={given}: no interface {name} on this machine is up and has an address; it has {found}: `ip -br addr` tells more"
+    )]
+    Interface {
+        /// The variable's value.
+        given: String,
+        /// The name that is unknown.
+        name: String,
+        /// The names of the interfaces that there are.
+        found: String,
+    },
     /// The system refuses a thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
     /// A rank did not come.
-    #[error("rank {rank} did not come within {seconds} s: were all {world_size} ranks started?")]
+    #[error(
+        "rank {rank} did not come within {seconds} s (ddp.timeout): were all {world_size} ranks of WORLD_SIZE={world_size} started? {}",
+        capital(ALONE)
+    )]
     Missing {
         /// The rank.
         rank: usize,
@@ -132,6 +174,18 @@ pub enum DdpError {
     },
 }
 
+/// What helps where the variables are left over from another run.
+const ALONE: &str = "to train as one process, `unset RANK WORLD_SIZE`";
+
+fn capital(text: &str) -> String {
+    let (first, rest) = text.split_at(text.len().min(1));
+    first.to_uppercase() + rest
+}
+
+/// How long the name of the store's machine may stay unknown. A cluster may still be starting; a mistyped name should
+/// not take all of `ddp.timeout`.
+const NAME_UNKNOWN: Duration = Duration::from_secs(30);
+
 /// What every rank says of itself.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Hello {
@@ -171,6 +225,7 @@ pub struct Ddp {
 /// No store, or none can be held.
 pub fn setup_ddp(env: RankEnv, timeout: Duration, on_failure: OnFailure) -> Result<Ddp, DdpError> {
     let (addr, port) = (env.master_addr.as_str(), env.master_port);
+    resolve(addr, timeout.min(NAME_UNKNOWN)).map_err(|source| DdpError::UnknownHost { addr: addr.into(), source })?;
     let server = match env.rank == 0 && !env.agent_store {
         true => Some(Store::serve(addr, port, timeout).map_err(|source| DdpError::Serve { port, source })?),
         false => None,
@@ -178,12 +233,12 @@ pub fn setup_ddp(env: RankEnv, timeout: Duration, on_failure: OnFailure) -> Resu
     // Attempts of a restarted run share the launcher's store.
     let prefix = format!("bbt/{}", env.restart_count);
     let connect = || {
-        Store::connect(addr, port, timeout, &prefix).map_err(|source| DdpError::Connect {
-            rank: env.rank,
-            addr: addr.into(),
-            port,
-            seconds: timeout.as_secs(),
-            source,
+        Store::connect(addr, port, timeout, &prefix).map_err(|source| {
+            let (rank, addr, seconds) = (env.rank, addr.to_string(), timeout.as_secs());
+            match accepts(&addr, port) {
+                true => DdpError::Silent { rank, addr, port, seconds },
+                false => DdpError::Connect { rank, addr, port, seconds, source },
+            }
         })
     };
     let store = connect()?;
@@ -191,6 +246,22 @@ pub fn setup_ddp(env: RankEnv, timeout: Duration, on_failure: OnFailure) -> Resu
     let store_name = format!("{holder} at {addr}:{port}");
     let watch = Watch::start(connect()?, store_name, env.rank, env.world_size, timeout, on_failure);
     Ok(Ddp { group: OnceCell::new(), watch: watch.map_err(DdpError::Thread)?, store, _server: server, env, timeout })
+}
+
+/// Whether somebody at `host`:`port` takes connections.
+fn accepts(host: &str, port: u16) -> bool {
+    let addresses = (host, port).to_socket_addrs().into_iter().flatten();
+    addresses.take(4).any(|address| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok())
+}
+
+/// The interface that Gloo says it cannot use, if that is what failed.
+fn unknown_interface(error: &libtorch::Error) -> Option<DdpError> {
+    let given = std::env::var("GLOO_SOCKET_IFNAME").ok()?;
+    let name = error.0.split("Unable to find address for: ").nth(1)?.split_whitespace().next()?.to_string();
+    let interfaces = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
+    let mut found: Vec<String> = interfaces.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    found.sort();
+    Some(DdpError::Interface { given, name, found: found.join(", ") })
 }
 
 impl Ddp {
@@ -304,7 +375,7 @@ impl Ddp {
         // Longer than the watch waits: it knows more than c10d's own timeout says.
         let timeout = self.timeout + Duration::from_secs(30);
         let group = ProcessGroup::new(&self.store, self.env.rank, self.env.world_size, backend, device, timeout)
-            .map_err(DdpError::Group)?;
+            .map_err(|error| unknown_interface(&error).unwrap_or(DdpError::Group(error)))?;
         Ok(self.group.get_or_init(|| Rc::new(group)).clone())
     }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::loss::BITS_PER_NAT;
 use crate::utils::atomic::{WriteError, remedy_for_room, write_bytes};
 
 /// A log that cannot be written or read; names the file, and the line where there is one.
@@ -27,8 +28,21 @@ pub enum MetricsError {
     #[error(transparent)]
     Write(#[from] WriteError),
     /// A line is not a row of a log.
-    #[error("{}:{line}: not a row of a training log: {source}\n  correct or delete this line", path.display())]
+    #[error(
+        "{}:{line}: not a row of a training log: {source}\n  name a run directory, or the metrics.jsonl that `bbt train` writes there",
+        path.display()
+    )]
     Row {
+        /// The log.
+        path: PathBuf,
+        /// Which line, the first being 1.
+        line: usize,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The same in the log of a run that is to go on.
+    #[error("{}:{line}: not a row of a training log: {source}\n  correct or delete this line", path.display())]
+    OwnRow {
         /// The log.
         path: PathBuf,
         /// Which line, the first being 1.
@@ -76,6 +90,40 @@ pub struct TrainRow {
     pub data_wait: f64,
     /// The most memory taken so far: of the device, or of the process on a CPU. In bytes.
     pub peak_memory_bytes: u64,
+    /// With `train.log_byte_class_loss`: the loss of whitespace and of all other bytes.
+    #[serde(flatten)]
+    pub byte_classes: Option<ByteClassLoss>,
+}
+
+/// The loss of a step by the byte that was to be predicted, as the original's `--log_byte_class_loss` tells it. Whitespace
+/// is tab, line feed, vertical tab, form feed, carriage return and blank. A class without a byte has none (NaN).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ByteClassLoss {
+    /// Of whitespace, in nats per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub ws_loss: f64,
+    /// The same in bits per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub ws_bits_per_byte: f64,
+    /// Of all other bytes, in nats per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub nonws_loss: f64,
+    /// The same in bits per byte.
+    #[serde(deserialize_with = "null_as_nan")]
+    pub nonws_bits_per_byte: f64,
+}
+
+impl ByteClassLoss {
+    /// Of sums of losses in nats and numbers of bytes, `[whitespace, whitespace bytes, others, other bytes]`.
+    pub fn new([ws, ws_bytes, nonws, nonws_bytes]: [f64; 4]) -> Self {
+        let (ws_loss, nonws_loss) = (ws / ws_bytes, nonws / nonws_bytes);
+        Self {
+            ws_loss,
+            ws_bits_per_byte: ws_loss * BITS_PER_NAT,
+            nonws_loss,
+            nonws_bits_per_byte: nonws_loss * BITS_PER_NAT,
+        }
+    }
 }
 
 /// One validation.
@@ -209,7 +257,7 @@ impl MetricsWriter {
     /// replaced in one go. Where there is no log, one is begun.
     ///
     /// # Errors
-    /// [`MetricsError::Io`], or [`MetricsError::Row`] for a line that cannot be read; the log is then
+    /// [`MetricsError::Io`], or [`MetricsError::OwnRow`] for a line that cannot be read; the log is then
     /// as it was.
     pub fn resume(path: &Path, last_step: u64) -> Result<Self, MetricsError> {
         let text = match fs::read_to_string(path) {
@@ -218,7 +266,11 @@ impl MetricsWriter {
             Err(source) => return Err(MetricsError::Io { path: path.into(), source }),
         };
         let mut kept = String::new();
-        for (line, row) in rows(path, &text)? {
+        let rows = rows(path, &text).map_err(|error| match error {
+            MetricsError::Row { path, line, source } => MetricsError::OwnRow { path, line, source },
+            other => other,
+        })?;
+        for (line, row) in rows {
             if row.step() <= last_step {
                 kept.push_str(line);
                 kept.push('\n');
@@ -313,6 +365,7 @@ mod tests {
             mfu: None,
             data_wait: 0.01,
             peak_memory_bytes: 1 << 30,
+            byte_classes: None,
         }
     }
 
@@ -380,6 +433,38 @@ mod tests {
         }
         MetricsWriter::resume(&path, 29).unwrap();
         assert_eq!(steps(&path), [10, 20, 20]);
+    }
+
+    #[test]
+    fn losses_by_class_of_byte_are_there_where_they_were_asked_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let rows = [[4.0, 2.0, 9.0, 3.0], [0.0, 0.0, 1.0, 2.0]]
+            .map(|sums| TrainRow { byte_classes: Some(ByteClassLoss::new(sums)), ..train_row(1) });
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        for row in &rows {
+            writer.train(row).unwrap();
+        }
+        writer.train(&train_row(2)).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((&lines[0]["ws_loss"], &lines[0]["nonws_loss"]), (&2.0.into(), &3.0.into()));
+        let bits = lines[0]["nonws_bits_per_byte"].as_f64().unwrap();
+        assert!((bits - 3.0 / std::f64::consts::LN_2).abs() < 1e-12, "{text}");
+        assert!(lines[1]["ws_loss"].is_null() && lines[1]["ws_bits_per_byte"].is_null(), "{text}");
+        assert!(lines[2].get("ws_loss").is_none(), "{text}");
+        let read = read(&path).unwrap();
+        assert_eq!(read[2], Row::Train(train_row(2)));
+        match &read[..2] {
+            [
+                Row::Train(TrainRow { byte_classes: Some(first), .. }),
+                Row::Train(TrainRow { byte_classes: Some(second), .. }),
+            ] => {
+                assert_eq!((first.ws_loss, first.nonws_loss), (2.0, 3.0));
+                assert!(second.ws_loss.is_nan() && second.nonws_loss == 0.5);
+            }
+            rows => panic!("{rows:?}"),
+        }
     }
 
     /// A log of a version that knew no utilisation.
@@ -463,9 +548,11 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap().replacen("\"seq_len\":512", "\"seq_len\":\"x\"", 2);
         fs::write(&path, &text).unwrap();
         let message = read(&path).unwrap_err().to_string();
-        assert!(message.contains("metrics.jsonl:1:"), "{message}");
-        assert!(message.contains("i64"), "{message}");
-        assert!(MetricsWriter::resume(&path, 10).is_err());
+        assert!(message.contains("metrics.jsonl:1:") && message.contains("i64"), "{message}");
+        // It may be anybody's file.
+        assert!(!message.contains("delete"), "{message}");
+        let message = MetricsWriter::resume(&path, 10).unwrap_err().to_string();
+        assert!(message.contains("metrics.jsonl:1:") && message.contains("delete this line"), "{message}");
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
     }
 

@@ -185,6 +185,14 @@ impl Parallel {
         }
     }
 
+    /// The sum over ranks of each of the values in `values`, which stay on their device.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn sum_on_device(&self, values: &Tensor) -> Result<(), DdpError> {
+        self.ddp.collective(|| self.group.all_reduce(values, ReduceOp::Sum))
+    }
+
     /// The sum over ranks of each of `values`.
     ///
     /// # Errors

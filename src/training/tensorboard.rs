@@ -143,6 +143,10 @@ impl TensorBoardWriter {
         ];
         scalars.extend(row.loss_scale.map(|scale| ("train/loss_scale", scale)));
         scalars.extend(row.mfu.map(|mfu| ("train/mfu", mfu)));
+        if let Some(classes) = &row.byte_classes {
+            scalars.push(("train/ws_loss", classes.ws_loss));
+            scalars.push(("train/nonws_loss", classes.nonws_loss));
+        }
         self.scalars(row.step, &scalars)
     }
 

@@ -15,9 +15,9 @@ use super::ddp::{Ddp, DdpError};
 use super::evaluation::{EvalOptions, evaluate_part, inputs_and_targets, sample};
 use super::graph::BackwardGraph;
 use super::internals::{Inputs, Internals};
-use super::loss::{BITS_PER_NAT, cross_entropy, training_loss};
+use super::loss::{BITS_PER_NAT, byte_class_sums, cross_entropy, training_loss};
 use super::lr_scheduler::{lr_for_step, seq_len_for_step, weight_decay_for_step};
-use super::metrics::{InternalsRow, MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
+use super::metrics::{ByteClassLoss, InternalsRow, MetricsError, MetricsWriter, TrainObserver, TrainRow, ValRow};
 use super::parallel::Parallel;
 use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
@@ -202,7 +202,10 @@ struct Step {
     seq_len: i64,
     /// Bytes of the run up to and with this step.
     bytes_seen: u64,
-    /// What [`Done`] is made of: fp64 `[5]`, and behind it what there is of a look inside.
+    /// Whether the losses by class of byte are among the numbers.
+    byte_classes: bool,
+    /// What [`Done`] is made of: fp64 `[5]`, four more for the classes of bytes, and behind them the statistics of the
+    /// layers.
     numbers: HostCopy,
 }
 
@@ -218,6 +221,8 @@ struct Done {
     stop: bool,
     /// Whether the run shall save after it.
     save: bool,
+    /// The losses by class of byte, where they are due.
+    byte_classes: Option<ByteClassLoss>,
     /// A look inside, where it is due; on rank 0 only.
     internals: Option<InternalsRow>,
 }
@@ -443,7 +448,7 @@ impl Trainer {
     /// # Errors
     /// A full disk, divergence. The last checkpoint stays as it was.
     pub fn train(&mut self, observer: &mut dyn TrainObserver, interrupt: &AtomicBool) -> Result<Summary, TrainError> {
-        let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
+        let TrainConfig { steps: total, eval_every, save_every, .. } = self.config.train;
         let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
 
         if self.is_main() {
@@ -496,12 +501,11 @@ impl Trainer {
             since.flops += bytes as f64 * flops_per_byte(&self.config.model, seq_len);
             let completed = self.progress.completed;
             let last = completed == total;
-            let log_due = |step: u64| step.is_multiple_of(log_every) || step + 1 == total;
             let eval_due = self.val_set.is_some() && (completed.is_multiple_of(eval_every) || last);
             let save_due = save_every > 0 && completed.is_multiple_of(save_every);
             asked |= self.parallel.is_none() && self.save_request.swap(false, Ordering::SeqCst);
             // What is written down must be known.
-            let known = log_due(step) || eval_due || save_due || asked || completed == end;
+            let known = self.is_logged(step) || eval_due || save_due || asked || completed == end;
             stop |= interrupted(self);
             while pending.len() > if known || stop { 0 } else { self.lag } {
                 let Some(begun) = pending.pop_front() else { break };
@@ -515,7 +519,7 @@ impl Trainer {
                     observer.on_message(&format!("step {}: loss or gradient is not finite, step skipped", step + 1));
                 }
                 // A skipped step is always logged.
-                if log_due(step) || done.skipped {
+                if self.is_logged(step) || done.skipped {
                     let row = self.row(&begun, &done, since.finish(&loader));
                     if let Some((metrics, board)) = &mut logs {
                         metrics.train(&row)?;
@@ -596,6 +600,9 @@ impl Trainer {
         let lambda = self.config.quant.lambda(step, self.config.train.steps);
         let mut inputs = (reported && self.is_main()).then(Inputs::default);
         let mut loss_sum = Tensor::zeros([], (Kind::Float, self.device));
+        // Of steps that will be logged; a step that is logged because it was skipped has none.
+        let due = self.config.train.log_byte_class_loss && self.is_logged(step);
+        let mut byte_classes = due.then(|| Tensor::zeros([4], (Kind::Double, self.device)));
         let mut bytes = 0;
         for micro in 0..accumulate {
             self.enter(Phase::Reading);
@@ -608,7 +615,7 @@ impl Trainer {
             if let Some(parallel) = synchronising {
                 parallel.prepare_for_forward()?;
             }
-            let recordable = inputs.is_none() && lambda == 1.0;
+            let recordable = inputs.is_none() && byte_classes.is_none() && lambda == 1.0;
             let mut forward_backward = |tokens: &Tensor, targets: &Tensor| -> Result<Tensor, TrainError> {
                 let forward = || autocast(self.device, self.config.train.precision, || self.model.forward(tokens));
                 let logits = match &mut inputs {
@@ -616,6 +623,9 @@ impl Trainer {
                     None => forward()?,
                 };
                 let loss = training_loss(self.config.quant.kernel, &logits, targets)?;
+                if let Some(sums) = &mut byte_classes {
+                    *sums += byte_class_sums(&logits, targets);
+                }
                 let scaled = &loss / accumulate as f64;
                 let scaled = self.scaler.as_ref().map_or(scaled.shallow_clone(), |scaler| scaler.scale(&scaled));
                 if let Some(parallel) = synchronising {
@@ -655,6 +665,9 @@ impl Trainer {
             let agreed = parallel.agree(&loss, &norm, &found_inf, [stop, save], of_each)?;
             (loss, norm, found_inf, requests) = (agreed.loss, agreed.norm, agreed.found_inf, agreed.requests);
             norms = agreed.norms.unwrap_or(norms);
+            if let Some(sums) = &byte_classes {
+                parallel.sum_on_device(sums)?;
+            }
             bytes *= parallel.ddp().world_size() as u64;
         }
         let not_finite = norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float);
@@ -682,9 +695,10 @@ impl Trainer {
         self.progress.bytes_seen += bytes;
         self.set_quantization();
         let numbers = [loss, norm, found_inf].map(|x| x.to_kind(Kind::Double));
-        let numbers: Vec<Tensor> = [Tensor::stack(&numbers, 0), requests].into_iter().chain(internals).collect();
+        let numbers = [Tensor::stack(&numbers, 0), requests].into_iter();
+        let numbers: Vec<Tensor> = numbers.chain(byte_classes).chain(internals).collect();
         let numbers = HostCopy::start(&Tensor::cat(&numbers, 0))?;
-        Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, numbers })
+        Ok(Step { step, lr, seq_len, bytes_seen: self.progress.bytes_seen, byte_classes: due, numbers })
     }
 
     /// Waits for the device to be through with a step, and counts it.
@@ -692,13 +706,17 @@ impl Trainer {
         let arrived = begun.numbers.wait()?;
         let mut numbers = vec![0.0; arrived.numel()];
         arrived.copy_data(&mut numbers, arrived.numel());
-        let (&[loss, grad_norm, found_inf, stop, save], internals) =
+        let (&[loss, grad_norm, found_inf, stop, save], rest) =
             numbers.split_first_chunk().expect("a step's five numbers come first");
+        let (byte_classes, internals) = match rest.split_first_chunk() {
+            Some((&sums, internals)) if begun.byte_classes => (Some(ByteClassLoss::new(sums)), internals),
+            _ => (None, rest),
+        };
         let skipped = found_inf > 0.0;
         self.progress.skipped += u64::from(skipped);
         self.progress.skipped_in_a_row = if skipped { self.progress.skipped_in_a_row + 1 } else { 0 };
         let internals = (!internals.is_empty()).then(|| self.internals.row(begun.step, internals));
-        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0, save: save > 0.0, internals })
+        Ok(Done { loss, grad_norm, skipped, stop: stop > 0.0, save: save > 0.0, byte_classes, internals })
     }
 
     /// Says what this rank is doing, for the watch.
@@ -758,7 +776,13 @@ impl Trainer {
             skipped_steps: self.progress.skipped,
             loss_scale: self.scaler.as_ref().map(|s| s.state().scale),
             peak_memory_bytes: self.peak_memory(),
+            byte_classes: done.byte_classes.clone(),
         }
+    }
+
+    /// Whether a step is logged, however it ends: every so many, and the last.
+    fn is_logged(&self, step: u64) -> bool {
+        step.is_multiple_of(self.config.train.log_every) || step + 1 == self.config.train.steps
     }
 
     fn peak_memory(&self) -> u64 {
@@ -769,7 +793,7 @@ impl Trainer {
     }
 
     fn validate(&self, step: u64, val_set: &dyn ByteDataset) -> Result<ValRow, TrainError> {
-        let seq_len = self.config.data.max_seq_len() as usize;
+        let seq_len = self.config.train.eval_seq_len.unwrap_or(self.config.data.max_seq_len()) as usize;
         let options = EvalOptions { seq_len, stride: seq_len, precision: self.config.train.precision };
         let documents = sample(val_set, self.config.train.eval_bytes);
         self.enter(Phase::Evaluating);

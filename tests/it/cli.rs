@@ -347,7 +347,7 @@ fn flags_override_yaml_and_yaml_overrides_defaults() {
     let set = config("--set model.n_kv_head=2 --set train.stop_at=4 --set train.stop_at=5 --set model.n_kv_head=null");
     assert_eq!((set.model.n_kv_head, set.train.stop_at), (None, Some(5)));
     // The configurations that come with bbt are sound.
-    for name in ["tiny", "small", "base"] {
+    for name in ["tiny", "small", "base", "original"] {
         let path = format!("{}/configs/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
         let done = Running::start(ws.command(&["config", "--config", &path].map(OsStr::new))).wait();
         assert_eq!(done.status, Some(0), "{}", done.stderr);
@@ -413,7 +413,7 @@ fn eval_gives_the_golden_loss() {
     let found = done.json();
     let mut keys: Vec<_> = found.as_object().expect("an object").keys().cloned().collect();
     keys.sort();
-    assert_eq!(keys, ["bits_per_byte", "bytes", "loss", "seq_len", "stride"]);
+    assert_eq!(keys, ["bits_per_byte", "bytes", "loss", "perplexity", "seq_len", "stride"]);
     let (loss, expected) = (found["loss"].as_f64().expect("loss"), golden["loss"].as_f64().expect("loss"));
     // A last-bit difference can flip a rounding to int8, here and there among 16,799 bytes.
     assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} for {expected}");

@@ -146,6 +146,24 @@ fn ranks_train_as_one_would_on_their_joint_batch() {
 }
 
 #[test]
+fn losses_by_class_of_byte_are_those_of_all_ranks() {
+    let ws = Workspace::new();
+    let flags = format!("train --config tiny.yaml --steps 3 --log-byte-class-loss {SMOOTH}");
+    ws.ok(&format!("{flags} --batch-size 2 --out one"));
+    for zero in [0, 1] {
+        ranks(&ws, 2, &format!("{flags} --batch-size 1 --out two{zero} --set ddp.zero_stage={zero}"));
+        let (one, two) = (ws.rows("one/metrics.jsonl"), ws.rows(&format!("two{zero}/metrics.jsonl")));
+        assert_eq!((one.len(), two.len()), (3, 3));
+        for (one, two) in one.iter().zip(&two) {
+            for key in ["ws_loss", "nonws_loss"] {
+                let [one, two] = [one, two].map(|row| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}")));
+                assert!((one - two).abs() < 1e-5, "{key}: {one} {two}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_precision_trains_with_quantization_on() {
     let ws = Workspace::new();
     let flags = "train --config tiny.yaml --set train.grad_accum=2";
@@ -491,7 +509,9 @@ fn a_signal_to_one_rank_stops_all_after_the_same_step() {
         let steps = ws.numbered(&out, "ckpt");
         assert_eq!(steps.len(), 1, "one checkpoint, by rank 0");
         assert!(done[0].stderr.contains(&format!("stopped after step {} of", steps[0])), "{}", done[0].stderr);
-        assert!(done[1].stderr.is_empty() && done[2].stderr.is_empty(), "{done:?}");
+        // The others may only have told that they waited for rank 0's start.
+        let others = done[1].stderr.lines().chain(done[2].stderr.lines());
+        assert!(others.into_iter().all(|line| line.contains("waiting for the store")), "{done:?}");
         // Where it stopped it goes on.
         torchrun(&ws, 3, &format!("{flags} --out {out} --resume auto --set train.stop_at={}", steps[0] + 3));
         assert_eq!(logged(&ws, &out) as u64, steps[0] + 3);
@@ -698,6 +718,104 @@ fn a_port_in_use_and_a_master_that_is_not_there_are_told_in_bounded_time() {
     let done = Running::start(rank(&ws, line, 0, 2, free_port())).wait();
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     assert!(done.stderr.contains("rank 1 did not come within 3 s"), "{}", done.stderr);
+}
+
+#[test]
+fn a_silent_stranger_at_the_port_ends_the_wait() {
+    let ws = Workspace::new();
+    // Takes connections and says nothing.
+    let stranger = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = stranger.local_addr().expect("an address").port();
+    let done = Running::start(rank(&ws, "train --config tiny.yaml --set ddp.timeout=3", 1, 2, port)).wait();
+    assert_eq!(done.status, Some(1), "{}", done.stderr);
+    let named =
+        format!("bbt: MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: something at 127.0.0.1:{port} takes connections");
+    assert!(done.stderr.contains(&named) && done.stderr.contains("within 3 s"), "{}", done.stderr);
+    // Nor does a launcher wait for ever where node 0's port is somebody else's.
+    let store = bbt::libtorch::Store::connect("127.0.0.1", port, Duration::from_secs(1), "");
+    assert!(store.is_err());
+}
+
+#[test]
+fn a_host_that_nobody_knows_is_named_first() {
+    let ws = Workspace::new();
+    let mut command = rank(&ws, "train --config tiny.yaml --set ddp.timeout=2", 1, 2, 29500);
+    command.env("MASTER_ADDR", "no-such-host.invalid");
+    let done = Running::start(command).wait();
+    assert_eq!(done.status, Some(1), "{}", done.stderr);
+    let message = done.stderr.lines().last().expect("a message");
+    assert!(message.starts_with("bbt: MASTER_ADDR=no-such-host.invalid: the name does not resolve"), "{}", done.stderr);
+    let line = "launch --nnodes 2 --node-rank 0 --master-addr no-such-host.invalid -- train --config tiny.yaml";
+    let done = ws.bbt(line);
+    assert_eq!(done.status, Some(1), "{}", done.stderr);
+    assert!(done.stderr.contains("--master-addr no-such-host.invalid: the name does not resolve"), "{}", done.stderr);
+}
+
+#[test]
+fn a_wrong_interface_is_named() {
+    let ws = Workspace::new();
+    let port = free_port();
+    let line = "train --config tiny.yaml --set ddp.timeout=20";
+    let ranks = [1, 0].map(|r| {
+        let mut command = rank(&ws, line, r, 2, port);
+        command.env("GLOO_SOCKET_IFNAME", "ib0");
+        Running::start(command)
+    });
+    let said: String = ranks.into_iter().map(|rank| rank.wait().stderr).collect();
+    assert!(said.contains("GLOO_SOCKET_IFNAME=ib0: no interface ib0 on this machine"), "{said}");
+    assert!(said.contains("it has ") && said.contains("lo"), "{said}");
+    assert!(!said.contains("all are alive") && !said.contains("firewall"), "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("bbt: ")).count(), 1, "one message: {said}");
+}
+
+#[test]
+fn what_a_launcher_left_in_the_environment() {
+    let ws = Workspace::new();
+    let run = |variables: &[(&str, &str)], line: &str| {
+        let mut command = ws.command(&line.split_whitespace().map(OsStr::new).collect::<Vec<_>>());
+        for name in ["MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"] {
+            command.env_remove(name);
+        }
+        Running::start({
+            command.envs(variables.iter().copied());
+            command
+        })
+    };
+    // The only process of one, or nothing at all, is one process.
+    for (index, variables) in [
+        &[("RANK", "0"), ("WORLD_SIZE", "1")][..],
+        &[("RANK", ""), ("WORLD_SIZE", "")],
+        &[("WORLD_SIZE", "8")],
+        &[("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", ""), ("MASTER_PORT", "")],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let done = run(variables, &format!("train --config tiny.yaml --steps 2 --out run{index}")).wait();
+        assert_eq!(done.status, Some(0), "{variables:?}: {}", done.stderr);
+    }
+    // What says that there are more is named, with what to unset.
+    for (variables, words) in [
+        (&[("RANK", "0"), ("WORLD_SIZE", "2")][..], ["MASTER_ADDR is not set", "`unset RANK WORLD_SIZE`"]),
+        (&[("RANK", "1"), ("WORLD_SIZE", "x")], ["WORLD_SIZE=x: must be", "`unset RANK WORLD_SIZE`"]),
+    ] {
+        let done = run(variables, "train --config tiny.yaml --out more").wait();
+        assert_eq!(done.status, Some(2), "{}", done.stderr);
+        assert!(words.iter().all(|word| done.stderr.contains(word)), "{}", done.stderr);
+        assert!(!done.stderr.contains("--ddp"), "which was not given: {}", done.stderr);
+    }
+    // A whole set of variables: rank 0 says at once what it waits for.
+    let port = free_port().to_string();
+    let whole = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port.as_str())];
+    let mut waiting = run(&whole, "train --config tiny.yaml --out waits");
+    let said = format!("rank 0 of WORLD_SIZE=2: waiting for the other ranks at 127.0.0.1:{port}");
+    waiting.until("says what it waits for", |running| running.stderr().contains(&said));
+    assert!(waiting.stderr().contains("up to 600 s (ddp.timeout)"), "{}", waiting.stderr());
+    waiting.kill();
+    let done = run(&whole, "train --config tiny.yaml --out waits --set ddp.timeout=2").wait();
+    assert_eq!(done.status, Some(1), "{}", done.stderr);
+    let words = ["rank 1 did not come within 2 s", "WORLD_SIZE=2", "`unset RANK WORLD_SIZE`"];
+    assert!(words.iter().all(|word| done.stderr.contains(word)), "{}", done.stderr);
 }
 
 #[test]

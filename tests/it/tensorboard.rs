@@ -50,6 +50,7 @@ fn train_row(step: u64, loss: f64) -> TrainRow {
         mfu: Some(0.375),
         data_wait: 0.25,
         peak_memory_bytes: 1 << 20,
+        byte_classes: None,
     }
 }
 
