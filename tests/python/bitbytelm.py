@@ -12,9 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def fp32(x):
+    """x in fp32, whatever autocast made of it; fp64 stays, for tests that want exact numbers."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# Where these are lists, each rounding appends how far the nearest element of each row is from turning.
+margins = {"weights": None, "activations": None}
+
+
+def rounded(x, what):
+    if margins[what] is not None:
+        margins[what].append((x - x.floor() - 0.5).abs().amin(-1))
+    return x.round()
+
+
 def ternary(w, clipped):
     gamma = w.detach().abs().mean().clamp(min=1e-8)
-    wq = (w.detach() / gamma).clamp(-1, 1).round() * gamma
+    wq = rounded((w.detach() / gamma).clamp(-1, 1), "weights") * gamma
     if clipped:
         w = torch.where(w.detach().abs() <= gamma, w, w.detach())
     return w + (wq - w).detach()
@@ -22,7 +37,7 @@ def ternary(w, clipped):
 
 def act_quant(x):
     scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-    xq = (x.detach() / scale).round().clamp(-127, 127) * scale
+    xq = rounded(x.detach() / scale, "activations").clamp(-127, 127) * scale
     return x + (xq - x).detach()
 
 
@@ -32,8 +47,8 @@ class BitLinear(nn.Linear):
         self.quantize_activations, self.clipped = quantize_activations, clipped
 
     def forward(self, x):
-        x = act_quant(x.float()) if self.quantize_activations else x
-        return F.linear(x, ternary(self.weight.float(), self.clipped))
+        x = act_quant(fp32(x)) if self.quantize_activations else x
+        return F.linear(x, ternary(fp32(self.weight), self.clipped))
 
 
 class RMSNorm(nn.Module):
@@ -42,14 +57,15 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        x = x.float()
+        x = fp32(x)
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 def rope(x, base=10000.0):
     half = x.shape[-1] // 2
-    inverse = 1 / base ** (torch.arange(half, device=x.device).float() / half)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), inverse)
+    dtype = fp32(x).dtype
+    inverse = 1 / base ** (torch.arange(half, device=x.device, dtype=dtype) / half)
+    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=dtype), inverse)
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
