@@ -157,7 +157,8 @@ fn where_every_rounding_is_decided_losses_and_gradients_are_those_of_fp64() {
         // by the AVX-512, AVX2 and portable operators of PyTorch.
         let is_decided = |what: &str, least: f64| margins[what].as_f64().is_some_and(|margin| margin > least);
         assert!(is_decided("activations", 2e-4) && is_decided("weights", 9e-7), "{margins}");
-        let expected: HashMap<String, Tensor> = Tensor::read_safetensors(expected).expect("reads").into_iter().collect();
+        let expected: HashMap<String, Tensor> =
+            Tensor::read_safetensors(expected).expect("reads").into_iter().collect();
         let tokens = &expected["tokens"];
         let (inputs, targets) = (tokens.slice(1, 0, -1, 1), tokens.slice(1, 1, None, 1));
         for (kernel, attention) in [(QuantKernel::Reference, Attention::Sdpa), (QuantKernel::Fused, Attention::Auto)] {
@@ -205,7 +206,8 @@ fn twenty_steps_are_those_of_the_original() {
             let expected = golden.meta[format!("trajectory_{name}")].as_array().expect("a trajectory");
             assert_eq!(rows.0.len(), expected.len());
             let after = |steps: usize| out.path().join(format!("ckpt-{steps:08}.pt"));
-            let checkpoints: Vec<PathBuf> = [golden.dir.join("init.pt")].into_iter().chain((1..20).map(after)).collect();
+            let checkpoints: Vec<PathBuf> =
+                [golden.dir.join("init.pt")].into_iter().chain((1..20).map(after)).collect();
             let batches = golden.dir.join("golden.safetensors");
             let mut arguments = vec![batches.as_os_str(), name.as_ref()];
             arguments.extend(checkpoints.iter().map(|path| path.as_os_str()));
@@ -238,7 +240,10 @@ fn twenty_steps_are_those_of_the_original() {
                 let apart = close(&theirs[step], 3e-3, 5e-3);
                 worst = [worst[0].max(apart[0]), worst[1].max(apart[1])];
             }
-            println!("{folder} {name}: {same} steps are the original's; losses and norms {:.1e} {:.1e} from PyTorch's", worst[0], worst[1]);
+            println!(
+                "{folder} {name}: {same} steps are the original's; losses and norms {:.1e} {:.1e} from PyTorch's",
+                worst[0], worst[1]
+            );
             // By then a wrong beta, epsilon or decay is off by a hundred times the bound.
             assert!(is_int8 || same >= 8, "{folder} {name}: only {same} steps are decided");
         }
@@ -264,9 +269,11 @@ fn the_originals_checkpoints_give_its_logits_loss_and_greedy_bytes() {
             let options = EvalOptions { seq_len, stride: seq_len, precision: Precision::Fp32 };
             let found = evaluate(&model, &[&text], options, Device::Cpu, |_| {}).expect("evaluates");
             assert_eq!(Some(found.bytes), expected["bytes"].as_u64());
-            assert!((found.loss - expected["loss"].as_f64().expect("loss")).abs() < 1e-4, "{found:?} {expected}");
+            // Turned roundings of 16,799 bytes change it by up to 4e-4: the text repeats itself, and they with it.
+            let bound = if is_int8 { 2e-3 } else { 1e-5 };
+            assert!((found.loss - expected["loss"].as_f64().expect("loss")).abs() < bound, "{found:?} {expected}");
             let bits = expected["bits_per_byte"].as_f64().expect("bits_per_byte");
-            assert!((found.bits_per_byte() - bits).abs() < 2e-4, "{found:?} {expected}");
+            assert!((found.bits_per_byte() - bits).abs() < 2.0 * bound, "{found:?} {expected}");
 
             model.freeze();
             let expected = &golden.meta[format!("greedy_{name}")];

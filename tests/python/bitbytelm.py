@@ -44,11 +44,12 @@ def act_quant(x):
 class BitLinear(nn.Linear):
     def __init__(self, n_in, n_out, quantize_activations, clipped=False):
         super().__init__(n_in, n_out, bias=False)
-        self.quantize_activations, self.clipped = quantize_activations, clipped
+        self.quantize_activations, self.quantize_weights, self.clipped = quantize_activations, True, clipped
 
     def forward(self, x):
         x = act_quant(fp32(x)) if self.quantize_activations else x
-        return F.linear(x, ternary(fp32(self.weight), self.clipped))
+        w = fp32(self.weight)
+        return F.linear(x, ternary(w, self.clipped) if self.quantize_weights else w)
 
 
 class RMSNorm(nn.Module):
@@ -152,18 +153,23 @@ def optimizer_class(name):
     return {"adamw8bit": bitsandbytes.optim.AdamW8bit}[name]
 
 
-def continue_training(source, text, stop, target, name):
+def continue_training(source, text, stop, target, name, is_quantized):
     """Resumes `source` as a PyTorch trainer does (plain torch.load, strict state_dict, state of the optimizer `name`),
-    trains on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`."""
+    trains on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`. Without
+    `is_quantized`, weights and activations are left in full precision."""
     torch.manual_seed(0)
     checkpoint = torch.load(source)  # weights_only=True is the default
     args = checkpoint["args"]
     assert checkpoint["model_family"] == "bitbyte" and checkpoint["variant"] == "ar"
     model = model_of(args)
     model.load_state_dict(checkpoint["model"], strict=True)
+    for module in model.modules():
+        if isinstance(module, BitLinear) and not is_quantized:
+            module.quantize_activations = module.quantize_weights = False
     shared = checkpoint["model"]["lm_head.weight"].data_ptr() == checkpoint["model"]["tok_emb.weight"].data_ptr()
     assert shared, "the tied head has a storage of its own"
-    assert checkpoint["model"]._metadata == model_metadata(model), checkpoint["model"]._metadata
+    if "bbt" in checkpoint:  # and not of this script
+        assert checkpoint["model"]._metadata == model_metadata(model), checkpoint["model"]._metadata
     optimizer = optimizer_class(name)(
         model.parameters(), lr=args["lr"], betas=(0.9, 0.95), weight_decay=args["wd"]
     )
@@ -206,5 +212,5 @@ def model_metadata(model):
 
 
 if __name__ == "__main__":
-    source, text, stop, target, name = sys.argv[1:]
-    continue_training(source, text, int(stop), target, name)
+    source, text, stop, target, name, quantization = sys.argv[1:]
+    continue_training(source, text, int(stop), target, name, quantization == "quantized")

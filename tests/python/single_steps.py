@@ -54,7 +54,6 @@ def decided(*cases):
 
 def steps(batches, ste, *checkpoints):
     """The loss and the gradient's norm, in fp32, of batch s by the weights of checkpoint s: a line of JSON each."""
-    torch.set_num_threads(1)
     for batch, checkpoint in zip(load_file(batches)["batches"].long(), checkpoints):
         loss, gradients = loss_and_gradients(model_in(checkpoint, ste), batch)
         norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
