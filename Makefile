@@ -1,5 +1,6 @@
 # make train   installs libtorch, builds, packs a corpus, trains configs/tiny.yaml, evaluates, plots, samples
 # make test    every test
+# make test-portability   the numeric tests as on other CPUs: after changes of numerics. QUICK=1 is what .ci/run does
 # make train CORPUS=~/notes   the same on your own files
 # make bench   bbt beside plain PyTorch, into docs/bench.md
 # make quality  what learns better: a table of ways to train, into docs/quality.md; an hour
@@ -14,7 +15,7 @@ BITSANDBYTES_VERSION = 0.50.2
 CARGO = cargo
 BBT = target/release/bbt
 
-.PHONY: all build train test bench quality lint-docker libtorch check-libtorch clean
+.PHONY: all build train test test-portability bench quality lint-docker libtorch clean
 .DELETE_ON_ERROR:
 
 all: build
@@ -57,6 +58,8 @@ endif
 
 # Installed beside and moved into place, so that an interrupted download leaves nothing behind.
 $(LIBTORCH_STAMP):
+	@if [ -z "$(CPU)" ] && [ -e .libtorch/torch/version.py ] && [ ! -e .libtorch/torch/lib/libtorch_cuda.so ]; then \
+	  echo "make: .libtorch is for the CPU alone: say CPU=1 here, too, or remove .libtorch to have the one with CUDA" >&2; exit 1; fi
 	rm -rf .libtorch .libtorch.tmp
 	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .libtorch.tmp $(LIBTORCH_PACKAGES)
 	rm -f $(addprefix .libtorch.tmp/torch/lib/,$(LIBTORCH_LEFT_OUT))
@@ -96,9 +99,15 @@ $(TEST_STAMP):
 	$(PYTHON) -m pip install --disable-pip-version-check --no-warn-script-location --target .python-test --no-deps $(TEST_PACKAGES_ON_TORCH)
 	touch $@
 
+# One thread each, where nobody says otherwise: tests run beside each other, and their models are small.
+test test-portability: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
+
 # Tests run the release build: the one that is used, and built once.
 test: libtorch $(TEST_STAMP)
 	$(CARGO) test --release --locked --no-fail-fast
+
+test-portability: libtorch $(TEST_STAMP)
+	CARGO="$(CARGO)" QUICK="$(QUICK)" tests/portability.sh
 
 # --- beside PyTorch -------------------------------------------------------------------------------
 # QUICK=1, DEVICE=cuda, SIZES=… and ONLY=… as benches/compare.py says.
@@ -129,7 +138,7 @@ $(LINT_STAMP):
 lint-docker: $(LINT_STAMP)
 	$(LINT)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 	$(LINT)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
-	$(LINT)/shellcheck .ci/run docker/*.sh $(wildcard configs/*.sbatch)
+	$(LINT)/shellcheck .ci/run tests/portability.sh tests/gpu/run.sh docker/*.sh $(wildcard configs/*.sbatch)
 
 # --- the demo -------------------------------------------------------------------------------------
 # The default corpus is the sources of the crates that Cargo.lock pins, in its order.

@@ -225,7 +225,8 @@ def growth(contenders):
 def disagreement(contenders):
     """What is wrong with the losses at one size."""
     losses = {c.name: statistics.mean(c.losses) for c in contenders if not c.failure}
-    if losses and not max(losses.values()) <= LOSSES_AGREE * min(losses.values()):
+    # NaN is neither more nor less than anything, and so not within.
+    if not all(loss <= LOSSES_AGREE * min(losses.values()) for loss in losses.values()):
         return [f"{contenders[0].size}: losses differ, these do not train the same: {losses}"]
     return []
 
@@ -294,4 +295,5 @@ def main():
         sys.exit("\n".join(wrong))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -278,7 +278,8 @@ impl TrainingCheckpoint {
                     self.copy_field(&mut moment.absmax, kept, absmax, name)?;
                     let ours = qmap.copy();
                     self.copy_field(qmap, kept, map, name)?;
-                    if !qmap.equal(&ours) {
+                    // A CPU without fused multiply-add makes other last bits of it.
+                    if !qmap.allclose(&ours, 1e-6, 0.0, false) {
                         return Err(self.error(format!(
                             "its optimizer's {map} of {name} is not bitsandbytes' dynamic map: {WITHOUT_STATE}"
                         )));

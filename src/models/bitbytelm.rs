@@ -14,6 +14,7 @@ use super::block::RMS_EPS;
 use super::rope::RopeTables;
 use super::{Block, LayerCache, RmsNorm, Rope};
 use crate::config::{ModelConfig, QuantConfig, QuantKernel, VOCAB_SIZE};
+use crate::libtorch::drawing_alone;
 use crate::quantization::BitLinear;
 
 /// The language model.
@@ -42,8 +43,8 @@ impl BitByteLM {
     /// layers Kaiming-uniform with a = sqrt(5).
     pub fn new(vs: &nn::Path, config: &ModelConfig, quant: &QuantConfig) -> Self {
         let stdev = 1.0 / (config.d_model as f64).sqrt();
-        let tok_emb =
-            (vs / "tok_emb").var("weight", &[VOCAB_SIZE, config.d_model], nn::Init::Randn { mean: 0.0, stdev });
+        let normal = nn::Init::Randn { mean: 0.0, stdev };
+        let tok_emb = drawing_alone(|| (vs / "tok_emb").var("weight", &[VOCAB_SIZE, config.d_model], normal));
         let blocks = (0..config.n_layer).map(|i| Block::new(vs / "blocks" / i, config, quant)).collect();
         let norm_f = RmsNorm::new(vs / "norm_f", config.d_model, RMS_EPS);
         Self {

@@ -81,8 +81,8 @@ impl BitLinear {
         let bound = 1.0 / (in_dim as f64).sqrt();
         let init = nn::Init::Uniform { lo: -bound, up: bound };
         Self {
-            weight: Weight::Trained(vs.var("weight", &[out_dim, in_dim], init)),
-            bias: bias.then(|| vs.var("bias", &[out_dim], init)),
+            weight: Weight::Trained(libtorch::drawing_alone(|| vs.var("weight", &[out_dim, in_dim], init))),
+            bias: bias.then(|| libtorch::drawing_alone(|| vs.var("bias", &[out_dim], init))),
             quant: *quant,
             lambda: 1.0,
             ternary: Arc::default(),

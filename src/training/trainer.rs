@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -190,10 +190,6 @@ pub struct Trainer {
     lag: usize,
 }
 
-/// libtorch's random generator is one for the whole process: while one model is drawn from its seed, no other
-/// may draw.
-static GENERATOR: Mutex<()> = Mutex::new(());
-
 /// An optimizer step that the host is through with; the device may still be at it.
 struct Step {
     /// Its number, from 0.
@@ -268,11 +264,10 @@ impl Trainer {
 
         // Drawn on the CPU, so that one seed gives the same weights on every device.
         let mut vs = nn::VarStore::new(Device::Cpu);
-        let mut model = {
-            let _alone = GENERATOR.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut model = libtorch::drawing_alone(|| {
             tch::manual_seed(config.train.seed as i64);
             BitByteLM::new(&vs.root(), &config.model, &config.quant)
-        };
+        });
         model.set_checkpointing(config.train.checkpointing);
         let loaded = match &start {
             Start::Init(path) | Start::Resume { path, .. } if main => {

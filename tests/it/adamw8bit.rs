@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use crate::common::assert_same_checkpoint;
-use bbt::checkpoint::{Dtype, TrainingCheckpoint, Value, convert, torch_file};
+use bbt::checkpoint::{Dtype, Storage, TensorData, TrainingCheckpoint, Value, convert, torch_file};
 use bbt::config::{Config, ModelConfig, OptimConfig, OptimizerName, Precision};
 use bbt::libtorch::Moment8bit;
 use bbt::training::{Start, Trainer};
@@ -174,6 +174,23 @@ fn the_golden_checkpoint_resumes_and_ours_has_its_structure() {
     let after = opt(&dir.path().join("ckpt.pt"));
     assert_eq!(structure(&after), structure(&theirs));
     assert!(after.get("state") != theirs.get("state"));
+}
+
+#[test]
+fn a_code_book_of_a_cpu_without_fused_multiply_add_is_bitsandbytes_too() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut value = torch_file::read(&fixture("ckpt.pt")).expect("reads");
+    let Some(Value::Dict(state)) = value.get_mut("opt").and_then(|o| o.get_mut("state")) else { panic!("state") };
+    let moments = state[0].1.get_mut("__bnb_optimizer_quant_state__").expect("8 bits");
+    let Some(Value::Tensor(map)) = moments.get_mut("qmap1") else { panic!("qmap1") };
+    let mut bytes = map.contiguous_bytes().to_vec();
+    // The last bit of every number but zero, which lies at 127 of 256.
+    (0..256).filter(|&i| i != 127).for_each(|i| bytes[4 * i] ^= 1);
+    *map = TensorData::contiguous(Storage::new(Dtype::F32, bytes), vec![256]);
+    torch_file::write(&dir.path().join("other.pt"), &value).expect("writes");
+    let mut config = config(OptimizerName::AdamW8bit, Precision::Fp32, &dir.path().join("run"));
+    config.train.stop_at = Some(4);
+    train(config, resume(dir.path().join("other.pt")));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use bbt::checkpoint::TrainingCheckpoint;
 use bbt::config::{Config, ModelConfig, OptimConfig, Precision, TrainConfig};
-use bbt::libtorch::autocast_kind;
+use bbt::libtorch::{autocast_kind, drawing_alone};
 use bbt::training::{Start, Trainer};
 use bbt::utils::device::autocast;
 use bbt::utils::optim::{GradScaler, Optimizer, OptimizerState, ScalerState};
@@ -186,11 +186,10 @@ fn operations(x: &Tensor, y: &Tensor, w: &Tensor, b: &Tensor) -> Vec<(&'static s
 
 #[test]
 fn autocast_on_the_cpu_gives_pytorchs_bits() {
-    tch::set_num_threads(1);
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (inputs, outputs) = (dir.path().join("inputs.safetensors"), dir.path().join("outputs.safetensors"));
     for (precision, dtype) in [(Precision::Bf16, "bfloat16"), (Precision::Fp16, "float16")] {
-        let randn = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
+        let randn = |size: &[i64]| drawing_alone(|| Tensor::randn(size, (Kind::Float, Device::Cpu)));
         let [x, y, w, b] = [randn(&[40, 32]), randn(&[40, 32]), randn(&[32, 32]), randn(&[32])];
         Tensor::write_safetensors(&[("x", &x), ("y", &y), ("w", &w), ("b", &b)], &inputs).expect("writes");
         pytorch("autocast", &[&inputs, Path::new(dtype), &outputs]);

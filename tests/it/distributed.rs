@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use crate::common::assert_same_checkpoint;
 use crate::common::cli::{Done, Running, Workspace};
+use crate::common::{assert_same_checkpoint, can_run, has_cuda_libtorch, shell_can};
 use bbt::checkpoint::{Value, torch_file};
 use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, OptimizerName, Precision, WeightQuant};
 use bbt::data::Order;
@@ -173,9 +173,11 @@ fn every_precision_trains_with_quantization_on() {
         for zero in [0, 1] {
             let out = format!("two-{precision}-{zero}");
             torchrun(&ws, 2, &format!("{flags} --batch-size 2 --out {out} --set ddp.zero_stage={zero}"));
-            // Codes that round the other way make steps of their size.
-            let found = difference(&ws, &format!("one-{precision}"), &out);
-            assert!(found < if precision == "fp32" { 1e-3 } else { 2e-2 }, "{out}: {found}");
+            // The first step alone, from the same weights: roundings that turn make another run of those behind it.
+            let [one, two] = [format!("one-{precision}"), out].map(|run| ws.losses(&format!("{run}/metrics.jsonl")));
+            let found = (one[&0] - two[&0]).abs();
+            assert!(found < if precision == "fp32" { 3e-3 } else { 2e-2 }, "{precision} {zero}: {found}");
+            assert!(two.len() == 6 && two[&5] < two[&0], "{precision} {zero}: {two:?}");
         }
     }
 }
@@ -350,14 +352,16 @@ fn every_rank_starts_from_the_weights_of_rank_zero() {
     let port = free_port();
     let other = Workspace::new();
     std::fs::remove_file(other.path("golden.pt")).expect("removes");
-    let flags = "train --data text.bin --batch-size 1 --seq-len 16 --steps 4 --device cpu --save-every 0 \
-                 --set train.precision=fp32 --init golden.pt --log-every 1 --out run";
-    let one = Running::start(rank(&other, flags, 1, 2, port));
-    let zero = Running::start(rank(&ws, flags, 0, 2, port)).wait();
+    let flags = format!(
+        "train --data text.bin --batch-size 1 --seq-len 16 --steps 4 --device cpu --save-every 0 \
+         --set train.precision=fp32 --init golden.pt --log-every 1 --out run {SMOOTH}"
+    );
+    let one = Running::start(rank(&other, &flags, 1, 2, port));
+    let zero = Running::start(rank(&ws, &flags, 0, 2, port)).wait();
     assert_eq!((zero.status, one.wait().status), (Some(0), Some(0)), "{}", zero.stderr);
     assert!(!other.path("run").exists(), "only rank 0 writes");
     ws.ok(&flags.replace("--batch-size 1", "--batch-size 2").replace("--out run", "--out alone"));
-    assert!(difference(&ws, "run", "alone") < 1e-3);
+    assert!(difference(&ws, "run", "alone") < 1e-5);
 }
 
 // --- deciding together ----------------------------------------------------------------------------
@@ -525,26 +529,24 @@ fn logged(ws: &Workspace, out: &str) -> usize {
 
 // --- losing ranks ---------------------------------------------------------------------------------
 
-/// Rank `victim` of three gets `signal` in mid-run; what the others say, and how long they took.
-fn lose(victim: usize, signal: &str) -> (Vec<Done>, Duration) {
+/// Rank `victim` of three gets `signal` in mid-run; what the others say, which they must before the deadline of `wait`.
+fn lose(victim: usize, signal: &str) -> Vec<Done> {
     let ws = Workspace::new();
     let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=0 --set ddp.timeout=3";
     let mut ranks = start(&ws, line, 3);
     ranks[0].until("logged", |_| logged(&ws, "run") > 3);
-    let began = Instant::now();
     ranks[victim].signal(signal);
     let lost = ranks.remove(victim);
     let done = ranks.into_iter().map(Running::wait).collect();
     drop(lost);
-    (done, began.elapsed())
+    done
 }
 
 #[test]
 fn a_rank_that_dies_or_hangs_is_named_by_one_of_the_others() {
     for signal in ["KILL", "STOP"] {
-        let (done, took) = lose(1, signal);
+        let done = lose(1, signal);
         assert!(done.iter().all(|d| d.status == Some(1)), "{signal}: {done:?}");
-        assert!(took < Duration::from_secs(40), "{signal}: {took:?}");
         let telling: Vec<&str> =
             done.iter().flat_map(|d| d.stderr.lines()).filter(|line| line.starts_with("bbt: ")).collect();
         let [message] = telling[..] else { panic!("{signal}: one message: {done:?}") };
@@ -556,9 +558,7 @@ fn a_rank_that_dies_or_hangs_is_named_by_one_of_the_others() {
 #[test]
 fn losing_the_rank_that_holds_the_store_is_noticed() {
     for signal in ["KILL", "STOP"] {
-        let (done, took) = lose(0, signal);
-        assert!(took < Duration::from_secs(40), "{signal}: {took:?}");
-        for rank in done {
+        for rank in lose(0, signal) {
             assert_eq!(rank.status, Some(1), "{signal}: {}", rank.stderr);
             assert!(rank.stderr.contains("the store, held by rank 0 at 127.0.0.1:"), "{signal}: {}", rank.stderr);
         }
@@ -608,7 +608,6 @@ fn torchrun_restarts_from_the_newest_checkpoint() {
 #[test]
 fn a_full_disk_on_rank_zero_ends_all_with_its_message() {
     let ws = Workspace::new();
-    ws.write("ranks.sh", "ulimit -f 64; exec bbt \"$@\"");
     let port = free_port();
     let line = "train --config tiny.yaml --set train.save_every=2";
     let with_limit = |r: usize| {
@@ -707,16 +706,12 @@ fn a_port_in_use_and_a_master_that_is_not_there_are_told_in_bounded_time() {
     assert!(done.stderr.contains("address already in use"), "{}", done.stderr);
     drop(taken);
 
-    let began = Instant::now();
     let done = Running::start(rank(&ws, line, 1, 2, free_port())).wait();
-    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     assert_eq!(done.status, Some(1));
     assert!(done.stderr.contains("no answer from the store at 127.0.0.1:"), "{}", done.stderr);
 
     // A rank that is never started.
-    let began = Instant::now();
     let done = Running::start(rank(&ws, line, 0, 2, free_port())).wait();
-    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     assert!(done.stderr.contains("rank 1 did not come within 3 s"), "{}", done.stderr);
 }
 
@@ -820,6 +815,9 @@ fn what_a_launcher_left_in_the_environment() {
 
 #[test]
 fn this_build_has_nccl() {
+    if !has_cuda_libtorch() {
+        return;
+    }
     // That it was compiled: without a GPU it then says that there is none.
     let store = bbt::libtorch::Store::serve("127.0.0.1", 0, Duration::from_secs(5)).expect("a store");
     let device = tch::Device::Cuda(0);
@@ -881,11 +879,9 @@ fn under_bbt_launch_a_lost_rank_ends_all_and_is_named() {
         let mut launcher = Running::start(launch_command(&ws, 3, line));
         launcher.until("logged", |_| logged(&ws, "run") > 3);
         let ranks = [0, 1, 2].map(|rank| pid_of(&launcher, rank));
-        let began = Instant::now();
         kill(ranks[victim], signal);
         let done = launcher.wait();
         assert_eq!(done.status, Some(status), "{victim} {signal}: {}", done.stderr);
-        assert!(began.elapsed() < Duration::from_secs(30), "{victim} {signal}: {:?}", began.elapsed());
         let last = done.stderr.rsplit("\nbbt: ").next().unwrap_or_default();
         assert!(words.iter().all(|word| last.contains(word) || done.stderr.contains(word)), "{}", done.stderr);
         assert!(ranks.iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()), "all have gone");
@@ -937,8 +933,8 @@ GLOO_SOCKET_IFNAME=vb on_b $(train 1) --steps 1000000 --out elsewhere >b.log 2>&
 until [ "$(cat run/metrics.jsonl 2>/dev/null | wc -l)" -gt 3 ]; do sleep 0.1; done
 on_a ip link set va down
 set +e
-SECONDS=0; wait $one; one=$?; wait $two; two=$?
-echo "$one $two $SECONDS"
+wait $one; one=$?; wait $two; two=$?
+echo "$one $two"
 kill $a $b
 "#;
 
@@ -947,23 +943,19 @@ fn two_hosts_train_and_notice_when_the_link_is_cut() {
     let ws = Workspace::new();
     ws.write("hosts.sh", TWO_HOSTS);
     let namespaces = "unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc";
+    let can = shell_can(&format!("PATH=$PATH:/usr/sbin:/sbin; {namespaces} ip link add bbt0 type veth peer name bbt1"));
+    if !can_run("`ip` (iproute2) and leave to make namespaces (kernel.unprivileged_userns_clone=1)", can) {
+        return;
+    }
     let mut command = ws.shell(&format!("{namespaces} bash hosts.sh"));
     command.env("PATH", format!("{}:/usr/sbin:/sbin", command_path(&command)));
     let done = Running::start(command).wait();
-    assert_eq!(
-        done.status,
-        Some(0),
-        "this test needs `ip` (iproute2) and leave to make namespaces (kernel.unprivileged_userns_clone=1): {}",
-        done.stderr
-    );
+    assert_eq!(done.status, Some(0), "{}", done.stderr);
     assert_eq!(ws.losses("whole/metrics.jsonl").len(), 6);
     assert!(!ws.path("whole1").exists() && !ws.path("elsewhere").exists(), "only rank 0 writes");
     let (a, b) = (ws.read("a.log"), ws.read("b.log"));
     let last = done.text().lines().last().map(String::from).unwrap_or_default();
-    let numbers: Vec<u64> = last.split(' ').filter_map(|n| n.parse().ok()).collect();
-    let [one, two, seconds] = numbers[..] else { panic!("{last} {a} {b}") };
-    assert_eq!((one, two), (1, 1), "{a} {b}");
-    assert!(seconds < 40, "{seconds} s: {a} {b}");
+    assert_eq!(last, "1 1", "{a} {b}");
     // Rank 0's host holds the store, and so can say who is lost; the other knows only that it is alone.
     assert!(a.contains("rank 1 (process ") && a.contains("does not answer"), "{a}");
     assert!(b.contains("the store, held by the launcher at 10.77.0.1:29500, is gone"), "{b}");

@@ -111,8 +111,17 @@ fn close(found: &InternalsRow, expected: &InternalsRow, fraction: f64, factor: f
 #[test]
 fn pytorch_finds_the_same_by_hooks() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let accumulate = |config: &mut Config| config.train.grad_accum = 2;
-    let start = initial(dir.path(), accumulate);
+    // Rounded activations turn with last bits and make another run: then only the first step is compared, whose weights
+    // are the same (`golden_training.rs` says how far a step may be off). Weights alone let all steps be.
+    for act in [ActQuant::Int8, ActQuant::None] {
+        let dir = dir.path().join(format!("{act:?}"));
+        pytorch_finds_the_same(&dir, act);
+    }
+}
+
+fn pytorch_finds_the_same(dir: &Path, act: ActQuant) {
+    let accumulate = |config: &mut Config| (config.train.grad_accum, config.quant.act) = (2, act);
+    let start = initial(dir, accumulate);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/internals.py");
     let (steps, two) = (STEPS.to_string(), "2");
     let printed = crate::common::python(&[
@@ -126,15 +135,19 @@ fn pytorch_finds_the_same_by_hooks() {
     assert_eq!(expected.len() as u64, STEPS);
     for kernel in [QuantKernel::Reference, QuantKernel::Fused] {
         for checkpointing in [false, true] {
-            let mut config = config(&dir.path().join(format!("{kernel:?}{checkpointing}")));
+            let mut config = config(&dir.join(format!("{kernel:?}{checkpointing}")));
             accumulate(&mut config);
             (config.quant.kernel, config.train.checkpointing) = (kernel, checkpointing);
             let found = train(config, Start::Init(start.clone())).looks;
             assert_eq!(found.len() as u64, STEPS);
             for (found, expected) in found.iter().zip(&expected) {
-                // Roundings that fall the other way make other gradients, and so other weights at the thresholds.
-                let (fraction, factor) = if found.step == 0 { (2e-3, 5e-3) } else { (1e-2, 0.1) };
-                close(found, expected, fraction, factor, &format!("{kernel:?} {checkpointing} {}", found.step));
+                // Of the smallest layer a weight at a threshold is 5e-4.
+                let factor = match act {
+                    ActQuant::Int8 if found.step == 0 => 6e-2,
+                    ActQuant::Int8 => continue,
+                    ActQuant::None => 2e-2,
+                };
+                close(found, expected, 2e-3, factor, &format!("{act:?} {kernel:?} {checkpointing} {}", found.step));
             }
             // That there is something to see: three values, of which some change, and no more than there are weights.
             let layer = &found[1].layers[2];
@@ -266,13 +279,14 @@ fn gradients_are_of_all_ranks_and_inputs_of_the_first() {
     let start = initial(dir.path(), |_| {});
     let alone = |batch_size| {
         let mut config = config(&dir.path().join(format!("alone{batch_size}")));
-        config.train.batch_size = batch_size;
+        // Sums of other batches differ in last bits, which turn rounded activations.
+        (config.train.batch_size, config.quant.act) = (batch_size, ActQuant::None);
         train(config, Start::Init(start.clone())).looks
     };
     let (joint, own) = (alone(4), alone(2));
     for zero_stage in [0, 1] {
         let mut config = config(&dir.path().join(format!("zero{zero_stage}")));
-        (config.train.batch_size, config.ddp.zero_stage) = (2, zero_stage);
+        (config.train.batch_size, config.ddp.zero_stage, config.quant.act) = (2, zero_stage, ActQuant::None);
         config.train.peak_tflops = Some(0.25);
         let seen = ranks(&config);
         for (look, joint) in seen.looks.iter().zip(&joint) {
@@ -280,7 +294,7 @@ fn gradients_are_of_all_ranks_and_inputs_of_the_first() {
             for (layer, look) in expected.layers.iter_mut().zip(&look.layers) {
                 (layer.input_absmax, layer.input_absmax_mean) = (look.input_absmax, look.input_absmax_mean);
             }
-            let (fraction, factor) = if look.step == 0 { (0.0, 1e-4) } else { (1e-2, 0.1) };
+            let (fraction, factor) = if look.step == 0 { (0.0, 1e-4) } else { (2e-3, 2e-2) };
             close(look, &expected, fraction, factor, &format!("zero {zero_stage}, step {}", look.step));
         }
         assert_eq!(seen.looks.len() as u64, STEPS);

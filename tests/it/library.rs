@@ -2,6 +2,7 @@
 
 use bbt::config::{ModelConfig, Order, QuantConfig};
 use bbt::data::{ByteDataset, ByteShardDataset, Loader, LoaderOptions, Position};
+use bbt::libtorch::drawing_alone;
 use bbt::models::BitByteLM;
 use bbt::quantization::BitLinear;
 use bbt::training::evaluation::inputs_and_targets;
@@ -16,8 +17,7 @@ fn bitlinear_in_a_network_of_ones_own() {
     let first = BitLinear::new(vs.root() / "first", 16, 32, true, &quant);
     let second = BitLinear::new(vs.root() / "second", 32, 1, true, &quant);
     let mut optimizer = nn::Adam::default().build(&vs, 1e-2).expect("an optimizer");
-    tch::manual_seed(0);
-    let x = Tensor::randn([64, 16], (Kind::Float, Device::Cpu));
+    let x = drawing_alone(|| Tensor::randn([64, 16], (Kind::Float, Device::Cpu)));
     let y = x.narrow(1, 0, 1).sign();
     let loss = || (second.forward(&first.forward(&x).relu()) - &y).square().mean(Kind::Float);
     let before = loss().double_value(&[]);

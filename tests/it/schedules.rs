@@ -9,6 +9,7 @@ use bbt::checkpoint::{load_model, torch_file};
 use bbt::config::{
     ActQuant, Config, Decay, ModelConfig, OptimConfig, Order, Precision, QuantKernel, Schedule, WeightQuant,
 };
+use bbt::libtorch::drawing_alone;
 use bbt::models::BitByteLM;
 use bbt::training::evaluation::{EvalOptions, evaluate};
 use bbt::training::lr_scheduler::{lr_for_step, weight_decay_for_step};
@@ -122,9 +123,9 @@ fn matrices_decay_as_a_parameter_group_of_pytorchs() {
         ..OptimConfig::default()
     };
     let shapes: [&[i64]; 5] = [&[16, 33], &[33], &[7, 5], &[3, 4, 2], &[1]];
-    let params = shapes.map(|shape| Tensor::randn(shape, cpu).set_requires_grad(true));
+    let params = shapes.map(|shape| drawing_alone(|| Tensor::randn(shape, cpu)).set_requires_grad(true));
     let grads = |step: u64| {
-        let grads = shapes.map(|shape| Tensor::randn(shape, cpu));
+        let grads = shapes.map(|shape| drawing_alone(|| Tensor::randn(shape, cpu)));
         if step == 4 {
             let _ = grads[2].view(-1).narrow(0, 3, 1).fill_(f64::NAN);
         }

@@ -1,7 +1,6 @@
 //! TensorBoard itself reads what `bbt::training::tensorboard` writes.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use bbt::training::metrics::{InternalsRow, LayerRow, TrainRow, ValRow};
 use bbt::training::tensorboard::TensorBoardWriter;
@@ -23,16 +22,8 @@ print(json.dumps({
 "#;
 
 fn read_scalars(directory: &Path) -> Value {
-    let python = std::env::var_os("BBT_PYTHON").unwrap_or_else(|| "python3".into());
-    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".python-test");
-    let output = Command::new(&python)
-        .args(["-c", READ_SCALARS])
-        .arg(directory)
-        .env("PYTHONPATH", packages)
-        .output()
-        .unwrap_or_else(|error| panic!("{}: {error}: BBT_PYTHON names the Python to use", python.display()));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    let printed = crate::common::python(&["-c".as_ref(), READ_SCALARS.as_ref(), directory.as_os_str()]);
+    serde_json::from_str(&printed).unwrap()
 }
 
 fn train_row(step: u64, loss: f64) -> TrainRow {
@@ -74,7 +65,6 @@ fn tensorboard_reads_the_scalars() {
         "train/loss_scale": [[0, 65536.0], [10, 65536.0]],
         "train/mfu": [[0, 0.375], [10, 0.375]],
         "train/data_wait": [[0, 0.25], [10, 0.25]],
-        "train/mfu": [[0, 0.375], [10, 0.375]],
         "train/peak_memory_bytes": [[0, 1048576.0], [10, 1048576.0]],
         "val/loss": [[10, 2.25]],
         "val/bits_per_byte": [[10, 4.5]],

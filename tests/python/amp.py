@@ -61,7 +61,6 @@ def operations(x, y, w, b):
 
 def autocast(inputs, dtype, outputs):
     """Runs the operations and a backward through them under `torch.autocast`, as training does: backward outside."""
-    torch.set_num_threads(1)
     tensors = load_file(inputs)
     # Copies: autocast keeps no cast of a view, which is what safetensors gives.
     x, y, w, b = (tensors[name].clone().requires_grad_() for name in "xywb")

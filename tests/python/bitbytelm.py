@@ -12,9 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def fp32(x):
+    """x in fp32, whatever autocast made of it; fp64 stays, for tests that want exact numbers."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# Where these are lists, each rounding appends how far the nearest element of each row is from turning.
+margins = {"weights": None, "activations": None}
+
+
+def rounded(x, what):
+    if margins[what] is not None:
+        margins[what].append((x - x.floor() - 0.5).abs().amin(-1))
+    return x.round()
+
+
 def ternary(w, clipped):
     gamma = w.detach().abs().mean().clamp(min=1e-8)
-    wq = (w.detach() / gamma).clamp(-1, 1).round() * gamma
+    wq = rounded((w.detach() / gamma).clamp(-1, 1), "weights") * gamma
     if clipped:
         w = torch.where(w.detach().abs() <= gamma, w, w.detach())
     return w + (wq - w).detach()
@@ -22,18 +37,19 @@ def ternary(w, clipped):
 
 def act_quant(x):
     scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-    xq = (x.detach() / scale).round().clamp(-127, 127) * scale
+    xq = rounded(x.detach() / scale, "activations").clamp(-127, 127) * scale
     return x + (xq - x).detach()
 
 
 class BitLinear(nn.Linear):
     def __init__(self, n_in, n_out, quantize_activations, clipped=False):
         super().__init__(n_in, n_out, bias=False)
-        self.quantize_activations, self.clipped = quantize_activations, clipped
+        self.quantize_activations, self.quantize_weights, self.clipped = quantize_activations, True, clipped
 
     def forward(self, x):
-        x = act_quant(x.float()) if self.quantize_activations else x
-        return F.linear(x, ternary(self.weight.float(), self.clipped))
+        x = act_quant(fp32(x)) if self.quantize_activations else x
+        w = fp32(self.weight)
+        return F.linear(x, ternary(w, self.clipped) if self.quantize_weights else w)
 
 
 class RMSNorm(nn.Module):
@@ -42,14 +58,15 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        x = x.float()
+        x = fp32(x)
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 def rope(x, base=10000.0):
     half = x.shape[-1] // 2
-    inverse = 1 / base ** (torch.arange(half, device=x.device).float() / half)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), inverse)
+    dtype = fp32(x).dtype
+    inverse = 1 / base ** (torch.arange(half, device=x.device, dtype=dtype) / half)
+    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=dtype), inverse)
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
@@ -136,18 +153,23 @@ def optimizer_class(name):
     return {"adamw8bit": bitsandbytes.optim.AdamW8bit}[name]
 
 
-def continue_training(source, text, stop, target, name):
+def continue_training(source, text, stop, target, name, is_quantized):
     """Resumes `source` as a PyTorch trainer does (plain torch.load, strict state_dict, state of the optimizer `name`),
-    trains on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`."""
+    trains on the windows of `text` in file order up to step `stop`, prints each loss, saves to `target`. Without
+    `is_quantized`, weights and activations are left in full precision."""
     torch.manual_seed(0)
     checkpoint = torch.load(source)  # weights_only=True is the default
     args = checkpoint["args"]
     assert checkpoint["model_family"] == "bitbyte" and checkpoint["variant"] == "ar"
     model = model_of(args)
     model.load_state_dict(checkpoint["model"], strict=True)
+    for module in model.modules():
+        if isinstance(module, BitLinear) and not is_quantized:
+            module.quantize_activations = module.quantize_weights = False
     shared = checkpoint["model"]["lm_head.weight"].data_ptr() == checkpoint["model"]["tok_emb.weight"].data_ptr()
     assert shared, "the tied head has a storage of its own"
-    assert checkpoint["model"]._metadata == model_metadata(model), checkpoint["model"]._metadata
+    if "bbt" in checkpoint:  # and not of this script
+        assert checkpoint["model"]._metadata == model_metadata(model), checkpoint["model"]._metadata
     optimizer = optimizer_class(name)(
         model.parameters(), lr=args["lr"], betas=(0.9, 0.95), weight_decay=args["wd"]
     )
@@ -190,5 +212,5 @@ def model_metadata(model):
 
 
 if __name__ == "__main__":
-    source, text, stop, target, name = sys.argv[1:]
-    continue_training(source, text, int(stop), target, name)
+    source, text, stop, target, name, quantization = sys.argv[1:]
+    continue_training(source, text, int(stop), target, name, quantization == "quantized")

@@ -16,11 +16,15 @@ pub fn dynamic_map(signed: bool) -> [f32; 256] {
     let mut values = vec![0.0, 1.0];
     for decade in 0..7 {
         let parts = if signed { 1 << decade } else { 2 << decade };
-        // The bits must be bitsandbytes': libtorch's own linspace.
-        let bounds = Tensor::linspace(0.1, 1.0, parts + 1, (Kind::Float, Device::Cpu));
-        let means = (bounds.narrow(0, 0, parts) + bounds.narrow(0, 1, parts)) / 2.0;
-        let scaled = means * 10f64.powi(decade - 6);
-        for value in Vec::<f32>::try_from(scaled).unwrap_or_default() {
+        // The bits are those of torch.linspace(0.1, 1, parts + 1) on a CPU with fused multiply-add. libtorch's own would
+        // give others on a CPU without.
+        let step = (1.0 - 0.1f32) / parts as f32;
+        let bound = |i: i32| match i < (parts + 1) / 2 {
+            true => step.mul_add(i as f32, 0.1),
+            false => (-step).mul_add((parts - i) as f32, 1.0),
+        };
+        for i in 0..parts {
+            let value = (bound(i) + bound(i + 1)) / 2.0 * 10f64.powi(decade - 6) as f32;
             values.push(value);
             if signed {
                 values.push(-value);

@@ -4,7 +4,9 @@
 pub mod cli;
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use bbt::checkpoint::Value;
 use bbt::config::{ActQuant, Attention, ModelConfig, QuantConfig, QuantKernel, Ste};
@@ -94,7 +96,34 @@ pub fn python_command(args: &[&std::ffi::OsStr]) -> std::process::Command {
     command.args(args);
     let packages = [".libtorch", ".python-test"].map(|dir| root.join(dir));
     command.env("PYTHONPATH", std::env::join_paths(packages.iter().filter(|p| p.exists())).expect("a path list"));
+    // libtorch sums in an order that depends on it. No test changes it, so it is the same in all.
+    command.env("OMP_NUM_THREADS", tch::get_num_threads().to_string());
     command
+}
+
+/// Whether a test may run that needs `what`, of which `has_it` says whether it is here. Where it is not the test says so,
+/// on the terminal and not in what libtest keeps of passing tests, and in CI (`CI=true`) it fails.
+pub fn can_run(what: &str, has_it: bool) -> bool {
+    if !has_it {
+        let name = std::thread::current().name().unwrap_or("a test").to_string();
+        let message = format!("{name}: not run: this needs {what}");
+        assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{message}");
+        let _ = writeln!(std::io::stderr(), "{message}");
+    }
+    has_it
+}
+
+/// Whether `command` succeeds in a shell.
+pub fn shell_can(command: &str) -> bool {
+    let mut shell = std::process::Command::new("bash");
+    shell.args(["-c", command]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    shell.status().is_ok_and(|status| status.success())
+}
+
+/// Whether this program is linked to a libtorch with CUDA, which runs on machines without a GPU, too.
+pub fn has_cuda_libtorch() -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    can_run("a libtorch with CUDA (`make libtorch` without CPU=1)", maps.contains("/libtorch_cuda.so"))
 }
 
 /// Runs that Python; panics, with its words, where it fails.
