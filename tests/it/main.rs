@@ -16,6 +16,7 @@ mod internals;
 mod kernels;
 mod launch;
 mod library;
+mod make_golden;
 mod memory;
 mod original_rule;
 mod python_training;
