@@ -1089,6 +1089,28 @@ mod tests {
         assert_eq!(config.data.seq_len, Some(512));
     }
 
+    /// It calls itself the reference of all keys, and the guide does so, too.
+    #[test]
+    fn tiny_yaml_shows_every_key() {
+        let keys = |text: &str| -> Vec<String> {
+            let sections: serde_yaml::Mapping = serde_yaml::from_str(text).unwrap();
+            let keys = |(section, keys): (&serde_yaml::Value, &serde_yaml::Value)| {
+                let name = |key: &serde_yaml::Value| format!("{}.{}", section.as_str().unwrap(), key.as_str().unwrap());
+                keys.as_mapping().unwrap().keys().map(name).collect::<Vec<_>>()
+            };
+            sections.iter().flat_map(keys).collect()
+        };
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/configs/tiny.yaml")).unwrap();
+        let mut shown = keys(&text);
+        // Which excludes data.seq_len: shown in its comment.
+        assert!(text.contains("or curriculum: ["));
+        shown.push("data.curriculum".into());
+        let mut all = keys(&Config::default().to_yaml());
+        shown.sort();
+        all.sort();
+        assert_eq!(shown, all);
+    }
+
     #[test]
     fn a_resolved_configuration_reads_back_equal() {
         for text in ["", "data: {curriculum: [[0.0, 64], [0.5, 128]]}\ntrain: {device: cuda:3, stop_at: 4}\n"] {

@@ -26,6 +26,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::cgroup;
 use crate::checkpoint::{CheckpointError, Given, TrainingCheckpoint};
@@ -99,7 +101,6 @@ pub fn main() -> ExitCode {
             _ => return ExitCode::SUCCESS,
         },
     };
-    set_up_logging();
     panic::note_places();
     if let Err(error) = survive_file_size_limit() {
         say(&format!("cannot listen for SIGXFSZ: {error}"));
@@ -190,9 +191,8 @@ fn is_broken_pipe(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::BrokenPipe
 }
 
-fn set_up_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("BBT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("off"));
+fn set_up_logging() -> anyhow::Result<()> {
+    let filter = log_filter(&std::env::var_os("BBT_LOG").unwrap_or_default().to_string_lossy())?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -200,9 +200,28 @@ fn set_up_logging() {
         // It would say with eprintln! that stderr cannot be written.
         .log_internal_errors(false)
         .init();
+    Ok(())
+}
+
+/// What `BBT_LOG` asks for. A word that is neither a level nor a part of bbt would turn on nothing: it is refused.
+fn log_filter(text: &str) -> Result<EnvFilter, UsageError> {
+    let known = |directive: &str| {
+        let target = directive.split(['=', '[']).next().unwrap_or_default();
+        target == "bbt" || target.starts_with("bbt::") || directive.parse::<LevelFilter>().is_ok()
+    };
+    let text = if text.trim().is_empty() { "off" } else { text };
+    let unknown = text.split(',').find(|directive| !known(directive));
+    match (unknown, EnvFilter::try_new(text)) {
+        (None, Ok(filter)) => Ok(filter),
+        _ => Err(UsageError(format!(
+            "BBT_LOG={text}: set it to off, error, warn, info, debug or trace, or to such a level of a module, as in \
+             BBT_LOG=bbt::training=debug"
+        ))),
+    }
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
+    set_up_logging()?;
     // Where BBT_CPU_KERNELS asks for kernels that are not there.
     CpuKernels::chosen().map_err(|error| UsageError(error.text().into()))?;
     match command {
@@ -383,6 +402,16 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_bbt_log_may_say() {
+        for text in ["", "off", "debug", "WARN", "bbt=debug", "bbt::training=trace", "warn,bbt::data=debug"] {
+            assert!(log_filter(text).is_ok(), "{text}");
+        }
+        for text in ["bogus", "bogus[", "degub", "bbt=degub", "debug,bogus", "="] {
+            assert!(log_filter(text).is_err_and(|error| error.0.contains(text)), "{text}");
+        }
     }
 
     #[test]

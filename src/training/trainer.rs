@@ -665,8 +665,7 @@ impl Trainer {
             }
             bytes *= parallel.ddp().world_size() as u64;
         }
-        let not_finite = norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float);
-        let found_inf = found_inf.maximum(&not_finite);
+        let found_inf = found_inf.maximum(&not_finite(&loss, &norm));
         let internals = inputs.map(|inputs| self.internals.gather(&self.model, &inputs, &norms));
         if self.config.optim.grad_clip > 0.0 {
             clip_gradients(&grads, &norm, self.config.optim.grad_clip)?;
@@ -828,6 +827,11 @@ impl Trainer {
         self.checkpoint = Some(self.run.latest());
         Ok(())
     }
+}
+
+/// 1 where the loss or the gradient's norm is not finite, else 0: fp32 `[]`.
+fn not_finite(loss: &Tensor, norm: &Tensor) -> Tensor {
+    norm.isfinite().logical_and(&loss.isfinite()).logical_not().to_kind(Kind::Float)
 }
 
 /// `loss.backward()`, its failure as an error and not as a panic.
@@ -1023,8 +1027,11 @@ mod tests {
         let changes: [fn(&mut Config); 3] = [
             |_| {},
             |config| config.train.stop_at = Some(5),
-            // After the first step nothing is finite any more.
-            |config| (config.optim.lr, config.optim.warmup_frac) = (1e30, 0.0),
+            // After the first step nothing is finite any more, and the second would be saved.
+            |config| {
+                (config.optim.lr, config.optim.warmup_frac) = (1e30, 0.0);
+                config.train.save_every = 2;
+            },
         ];
         for change in changes {
             let dir = tempfile::tempdir().unwrap();
@@ -1040,10 +1047,145 @@ mod tests {
             assert!(rows.iter().filter(|row| row.starts_with("InternalsRow")).count() > 1);
             assert_eq!(summary.completed, lagging_summary.completed);
             assert_eq!(prompt.progress, lagging.progress);
+            let saved = |trainer: &Trainer| {
+                let entries = std::fs::read_dir(trainer.run.dir()).unwrap().map(|entry| entry.unwrap());
+                let checkpoints = entries.filter(|entry| entry.path().extension().is_some_and(|e| e == "pt"));
+                let progress = |path: &Path| TrainingCheckpoint::open(path).unwrap().progress();
+                let mut all: Vec<_> = checkpoints.map(|entry| (entry.file_name(), progress(&entry.path()))).collect();
+                all.sort_by(|a, b| a.0.cmp(&b.0));
+                all
+            };
+            assert_eq!(saved(&prompt), saved(&lagging));
+            // Nothing is saved while steps are skipped, but for the end.
+            assert!(prompt.progress.skipped == 0 || saved(&prompt).len() == 2, "{:?}", saved(&prompt));
             for (name, tensor) in prompt.vs.variables() {
                 assert!(tensor.equal(&lagging.vs.variables()[&name]), "{name}");
             }
         }
+    }
+
+    /// The bits of all parameters and of the optimizer's state.
+    fn bits(trainer: &Trainer) -> Vec<Vec<u8>> {
+        let tensors = trainer.vs.trainable_variables().into_iter().chain(trainer.optimizer.state.tensors());
+        tensors.map(|tensor| crate::libtorch::cpu_bytes(&tensor).as_ref().to_vec()).collect()
+    }
+
+    /// So large that the gradients of half precision overflow.
+    fn with_scale(trainer: &mut Trainer, scale: f64) {
+        trainer.scaler =
+            Some(GradScaler::new(ScalerState { scale, growth_tracker: 7, ..Default::default() }, Device::Cpu));
+    }
+
+    #[test]
+    fn the_last_step_is_logged_evaluated_and_saved() {
+        #[derive(Default)]
+        struct Steps(Vec<u64>, Vec<u64>);
+        impl TrainObserver for Steps {
+            fn on_step(&mut self, row: &TrainRow) {
+                self.0.push(row.step);
+            }
+            fn on_validation(&mut self, row: &ValRow) {
+                self.1.push(row.step);
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(dir.path(), 0, |config| {
+            config.data.val = Some(config.data.train.clone());
+            (config.train.steps, config.train.eval_every, config.train.keep) = (8, 5, 10);
+        });
+        let mut steps = Steps::default();
+        let summary = trainer.train(&mut steps, &AtomicBool::new(false)).unwrap();
+        // Logged every 4 steps, evaluated every 5, saved every 3 and where validation is the best so far.
+        assert_eq!((steps.0, steps.1), (vec![0, 4, 7], vec![4, 7]));
+        for steps in [3, 5, 6, 8] {
+            assert!(trainer.run.after(steps).exists(), "{steps}");
+        }
+        assert_eq!(TrainingCheckpoint::open(&summary.checkpoint).unwrap().progress(), trainer.progress);
+    }
+
+    #[test]
+    fn a_validation_that_is_not_finite_is_not_the_best() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut trainer = trainer(dir.path(), 0, |config| {
+            config.data.val = Some(config.data.train.clone());
+            (config.train.steps, config.train.eval_every) = (2, 1);
+        });
+        {
+            let _no_grad = tch::no_grad_guard();
+            let _ = trainer.vs.variables()["tok_emb.weight"].narrow(1, 0, 1).fill_(f64::NAN);
+        }
+        trainer.train(&mut (), &AtomicBool::new(false)).unwrap();
+        assert_eq!(trainer.progress.best_val_loss, None);
+        assert!(!trainer.run.best().exists());
+    }
+
+    #[test]
+    fn the_loss_and_the_norm_each_decide_that_a_step_is_skipped() {
+        let number = |x: f64| Tensor::from_slice(&[x]).squeeze();
+        let skipped = |loss, norm| not_finite(&number(loss), &number(norm)).double_value(&[]) == 1.0;
+        assert!(!skipped(5.0, 1e30));
+        for bad in [f64::NAN, f64::INFINITY] {
+            assert!(skipped(bad, 1.0) && skipped(5.0, bad) && skipped(bad, bad));
+        }
+    }
+
+    #[test]
+    fn a_skipped_step_changes_no_weight_and_no_moment() {
+        for (precision, name, decay) in [
+            (Precision::Fp32, OptimizerName::AdamW, Decay::Matrices),
+            (Precision::Fp32, OptimizerName::AdamW, Decay::All),
+            (Precision::Fp16, OptimizerName::AdamW, Decay::Matrices),
+            (Precision::Fp16, OptimizerName::AdamW8bit, Decay::Matrices),
+            (Precision::Fp32, OptimizerName::AdamW8bit, Decay::All),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            for lag in [0, 1] {
+                let mut trainer = trainer(dir.path(), lag, |config| {
+                    (config.train.precision, config.optim.name, config.optim.decay) = (precision, name, decay);
+                    (config.optim.lr, config.optim.weight_decay, config.optim.warmup_frac) = (0.1, 0.5, 0.0);
+                    config.train.stop_at = Some(3);
+                });
+                if precision == Precision::Fp16 {
+                    with_scale(&mut trainer, f64::exp2(60.0));
+                } else {
+                    // One number in the embedding of every byte.
+                    let _no_grad = tch::no_grad_guard();
+                    let _ = trainer.vs.variables()["tok_emb.weight"].narrow(1, 0, 1).fill_(f64::NAN);
+                }
+                let before = bits(&trainer);
+                trainer.train(&mut (), &AtomicBool::new(false)).unwrap();
+                assert_eq!((trainer.progress.completed, trainer.progress.skipped), (3, 3), "{precision:?}");
+                assert!(bits(&trainer) == before, "{precision:?} {name:?} {decay:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_overflow_halves_the_scale_and_the_run_recovers() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = f64::exp2(30.0);
+        let mut trainer = trainer(dir.path(), 0, |config| {
+            (config.train.precision, config.train.steps, config.train.log_every) = (Precision::Fp16, 40, 1);
+            config.train.max_nonfinite = 100;
+        });
+        with_scale(&mut trainer, first);
+        struct Scales(Vec<(u64, f64)>);
+        impl TrainObserver for Scales {
+            fn on_step(&mut self, row: &TrainRow) {
+                self.0.push((row.skipped_steps, row.loss_scale.unwrap()));
+            }
+        }
+        let mut rows = Scales(vec![]);
+        trainer.train(&mut rows, &AtomicBool::new(false)).unwrap();
+        for (skipped, scale) in &rows.0 {
+            assert_eq!(*scale, first * f64::exp2(-(*skipped as f64)), "{:?}", rows.0);
+        }
+        let last = rows.0.last().unwrap().0;
+        // 2^14 to 2^30: what is left of 40 steps is trained.
+        assert!((1..=16).contains(&last), "{:?}", rows.0);
+        assert_eq!((trainer.progress.skipped, trainer.progress.skipped_in_a_row), (last, 0));
+        let since = rows.0.iter().filter(|(skipped, _)| *skipped == last).count() as i64 - 1;
+        assert_eq!(trainer.scaler.as_ref().unwrap().state().growth_tracker, since, "{:?}", rows.0);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use crate::common::assert_same_checkpoint;
+use crate::common::{assert_same_checkpoint, text};
 use bbt::checkpoint::{Dtype, Storage, TensorData, TrainingCheckpoint, Value, convert, torch_file};
 use bbt::config::{Config, ModelConfig, OptimConfig, OptimizerName, Precision};
 use bbt::libtorch::Moment8bit;
@@ -89,8 +89,7 @@ fn config(name: OptimizerName, precision: Precision, out: &Path) -> Config {
         model: ModelConfig { n_layer: 2, d_model: 64, n_head: 4, d_ff: 160, ..ModelConfig::default() },
         ..Config::default()
     };
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin");
-    config.data.train = text.to_str().expect("a UTF-8 path").into();
+    config.data.train = text().to_str().expect("a UTF-8 path").into();
     config.data.seq_len = Some(24);
     config.optim.name = name;
     config.train.steps = 8;

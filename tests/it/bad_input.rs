@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 
 use crate::common::cli::{Done, Running, Workspace};
-use bbt::checkpoint::{Value, torch_file};
+use bbt::checkpoint::{Dtype, Storage, TensorData, Value, torch_file};
 
 /// Status of what the command line or the configuration says wrongly.
 const USAGE: i32 = 2;
@@ -147,6 +147,16 @@ fn flags_with_mistakes() {
     fails(&ws, "generate --ckpt golden.pt --prompt-file absent", FAILURE, &["--prompt-file", "absent"]);
 }
 
+#[test]
+fn a_log_level_that_there_is_not() {
+    let ws = Workspace::new();
+    for value in ["bogus", "bogus["] {
+        let mut command = ws.command(&[OsStr::new("config")]);
+        command.env("BBT_LOG", value);
+        assert_clear(&Running::start(command).wait(), USAGE, &["BBT_LOG", value, "debug"]);
+    }
+}
+
 // --- data -----------------------------------------------------------------------------------------
 
 #[test]
@@ -282,8 +292,23 @@ fn checkpoints_of_another_model() {
         let Value::Dict(args) = entry(entries, "args") else { panic!("args is a dict") };
         *entry(args, "n_layer") = Value::Int(i64::MAX);
     });
+    altered(&ws, "untied.pt", |entries| {
+        let head = entry(entries, "model").get_mut("lm_head.weight").expect("has a head");
+        let Value::Tensor(tensor) = &*head else { panic!("a tensor") };
+        let mut bytes = tensor.contiguous_bytes().into_owned();
+        bytes[0] ^= 1;
+        *head = Value::Tensor(TensorData::contiguous(Storage::new(Dtype::F32, bytes), tensor.shape.clone()));
+    });
+    altered(&ws, "more.pt", |entries| {
+        let Value::OrderedDict { items, .. } = entry(entries, "model") else { panic!("a state_dict") };
+        let (_, norm) = items.iter().find(|(key, _)| key.as_str() == Some("norm_f.weight")).expect("has a norm");
+        let further = (text("blocks.0.attn.scale"), norm.clone());
+        items.push(further);
+    });
     for (file, parts) in [
-        ("family.pt", &["llama", "bitbyte"][..]),
+        ("untied.pt", &["lm_head.weight differs from tok_emb.weight"][..]),
+        ("more.pt", &["unexpected blocks.0.attn.scale"]),
+        ("family.pt", &["llama", "bitbyte"]),
         ("variant.pt", &["diffusion", "ar"]),
         ("nomodel.pt", &["`model`"]),
         ("noargs.pt", &["--n_head"]),

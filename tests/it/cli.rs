@@ -131,7 +131,7 @@ fn the_originals_command_lines_train_and_resume() {
 #[test]
 fn a_checkpoint_of_the_original_is_resumed() {
     let ws = Workspace::new();
-    let done = ws.ok("train --resume golden.pt --data text.bin --seq_len 16 --batch_size 2 --steps 22 --out next \
+    let done = ws.ok("train --resume golden.pt --data golden.bin --seq_len 16 --batch_size 2 --steps 22 --out next \
                       --log_every 1 --device cpu --set train.precision=fp32");
     assert!(done.stderr.contains("golden.pt at step 20 of 22"), "{}", done.stderr);
     let losses = ws.losses("next/metrics.jsonl");
@@ -183,7 +183,7 @@ fn a_finished_run_is_left_as_it_is() {
 #[test]
 fn init_takes_the_weights_and_starts_at_step_0() {
     let ws = Workspace::new();
-    let flags = "--data text.bin --seq_len 64 --batch_size 2 --steps 3 --log_every 1 --device cpu \
+    let flags = "--data golden.bin --seq_len 64 --batch_size 2 --steps 3 --log_every 1 --device cpu \
                  --set train.precision=fp32 --set data.order=sequential";
     ws.ok(&format!("train --init golden.pt --out a {flags}"));
     let losses = ws.losses("a/metrics.jsonl");
@@ -410,7 +410,7 @@ fn every_flag_has_both_spellings() {
 fn eval_gives_the_golden_loss() {
     let ws = Workspace::new();
     let golden = Golden::open("bitbyte_tiny").meta["eval_identity"].clone();
-    let done = ws.ok("eval --ckpt golden.pt --data text.bin --seq_len 48 --device cpu --json");
+    let done = ws.ok("eval --ckpt golden.pt --data golden.bin --seq_len 48 --device cpu --json");
     let found = done.json();
     let mut keys: Vec<_> = found.as_object().expect("an object").keys().cloned().collect();
     keys.sort();
@@ -422,7 +422,7 @@ fn eval_gives_the_golden_loss() {
     assert_eq!((&found["bytes"], &found["seq_len"], &found["stride"]), (&golden["bytes"], &48.into(), &48.into()));
 
     // For people: still on stdout, being the result.
-    let text = ws.ok("eval --ckpt golden.pt --data text.bin --seq-len 48 --device cpu").text();
+    let text = ws.ok("eval --ckpt golden.pt --data golden.bin --seq-len 48 --device cpu").text();
     assert!(text.contains("bits per byte") && text.contains("16799"), "{text}");
 }
 
@@ -431,8 +431,8 @@ fn eval_slides_a_window_and_keeps_shards_apart() {
     let ws = Workspace::new();
     let eval = |flags: &str| ws.ok(&format!("eval --ckpt golden.pt --device cpu --json {flags}")).json();
     let (plain, sliding) = (
-        eval("--data text.bin --seq_len 32 --max_bytes 3000"),
-        eval("--data text.bin --seq_len 32 --stride 8 --max_bytes 3000"),
+        eval("--data golden.bin --seq_len 32 --max_bytes 3000"),
+        eval("--data golden.bin --seq_len 32 --stride 8 --max_bytes 3000"),
     );
     assert_eq!((&sliding["bytes"], &sliding["stride"]), (&plain["bytes"], &8.into()));
     assert!(sliding["loss"].as_f64() < plain["loss"].as_f64(), "more context: {sliding} after {plain}");
@@ -453,7 +453,7 @@ fn eval_slides_a_window_and_keeps_shards_apart() {
     let run = ws.ok("eval --ckpt run --data text.bin --seq_len 16 --max_bytes 500 --device cpu --json").json();
     let file = ws.ok("eval --ckpt run/ckpt.pt --data text.bin --seq_len 16 --max_bytes 500 --device cpu --json").json();
     assert_eq!(run, file);
-    let bf16 = eval("--data text.bin --seq_len 32 --max_bytes 3000 --precision bf16");
+    let bf16 = eval("--data golden.bin --seq_len 32 --max_bytes 3000 --precision bf16");
     let ratio = bf16["loss"].as_f64().expect("loss") / plain["loss"].as_f64().expect("loss");
     assert!(ratio != 1.0 && (ratio - 1.0).abs() < 0.05, "{ratio}");
 }

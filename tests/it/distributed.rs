@@ -9,9 +9,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crate::common::cli::{Done, Running, Workspace};
-use crate::common::{assert_same_checkpoint, can_run, has_cuda_libtorch, shell_can};
+use crate::common::{assert_same_checkpoint, can_run, free_port, has_cuda_libtorch, shell_can};
 use bbt::checkpoint::{Value, torch_file};
-use bbt::config::{ActQuant, Config, DeviceSpec, ModelConfig, OptimizerName, Precision, WeightQuant};
+use bbt::config::{ActQuant, Config, Decay, DeviceSpec, ModelConfig, OptimizerName, Precision, WeightQuant};
 use bbt::data::Order;
 use bbt::launch::RankEnv;
 use bbt::training::{Start, Trainer, Verdict, setup_ddp};
@@ -23,11 +23,6 @@ const SMOOTH: &str = "--set quant.weight=none --set quant.act=none";
 
 /// Moments of 8 bits of the embedding and of what is as large: matrices of 128 × 32.
 const EIGHT_BITS: &str = "--set optim.name=adamw8bit --set model.d_ff=128";
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-    listener.local_addr().expect("an address").port()
-}
 
 /// One rank by torchrun's variables, without a launcher: rank 0 holds the store.
 fn rank(ws: &Workspace, line: &str, rank: usize, world: usize, port: u16) -> Command {
@@ -78,6 +73,18 @@ fn difference(ws: &Workspace, a: &str, b: &str) -> f64 {
     let (a, b) = (ws.losses(&format!("{a}/metrics.jsonl")), ws.losses(&format!("{b}/metrics.jsonl")));
     assert!(a.keys().eq(b.keys()), "{a:?} {b:?}");
     a.values().zip(b.values()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Largest difference of the gradient's norm, step by step, relative to it. Clipping and Adam hide a factor on the
+/// gradient from everything else.
+fn norm_difference(ws: &Workspace, a: &str, b: &str) -> f64 {
+    let norms = |run: &str| -> Vec<f64> {
+        let rows = ws.rows(&format!("{run}/metrics.jsonl"));
+        rows.iter().filter_map(|row| row["grad_norm"].as_f64()).collect()
+    };
+    let (a, b) = (norms(a), norms(b));
+    assert!(!a.is_empty() && a.len() == b.len(), "{a:?} {b:?}");
+    a.iter().zip(&b).map(|(a, b)| (b / a - 1.0).abs()).fold(0.0, f64::max)
 }
 
 /// Largest difference of weights and of AdamW's moments, relative to the largest value of each tensor.
@@ -133,6 +140,7 @@ fn ranks_train_as_one_would_on_their_joint_batch() {
         torchrun(&ws, world, &format!("{flags} --batch-size {batch} --out {name} --ddp {more}"));
         assert!(difference(&ws, "one", name) < 2e-6, "{name}: {}", difference(&ws, "one", name));
         assert!(state_difference(&ws, "one", name) < 1e-4, "{name}: {}", state_difference(&ws, "one", name));
+        assert!(norm_difference(&ws, "one", name) < 1e-4, "{name}: {}", norm_difference(&ws, "one", name));
         let validations = |run: &str| -> Vec<f64> {
             let rows = ws.rows(&format!("{run}/metrics.jsonl"));
             rows.iter().filter_map(|row| row["val_loss"].as_f64()).collect()
@@ -160,6 +168,31 @@ fn losses_by_class_of_byte_are_those_of_all_ranks() {
                 assert!((one - two).abs() < 1e-5, "{key}: {one} {two}");
             }
         }
+    }
+}
+
+#[test]
+fn gradients_are_averaged_over_ranks_and_micro_batches_and_not_summed() {
+    let ws = Workspace::new();
+    // Nothing that hides their size: no clipping, and an eps beside which the second moment is small.
+    let flags = format!(
+        "train --config tiny.yaml --lr 1 --set optim.grad_clip=0 --set optim.eps=1 --set train.log_every=1 {SMOOTH}"
+    );
+    ws.ok(&format!("{flags} --batch-size 8 --out one"));
+    let same = |out: &str| {
+        assert!(norm_difference(&ws, "one", out) < 1e-4, "{out}: {}", norm_difference(&ws, "one", out));
+        assert!(state_difference(&ws, "one", out) < 1e-4, "{out}: {}", state_difference(&ws, "one", out));
+        assert!(difference(&ws, "one", out) < 1e-5, "{out}: {}", difference(&ws, "one", out));
+        let bytes = |run: &str| ws.rows(&format!("{run}/metrics.jsonl")).last().expect("a row")["bytes_seen"].clone();
+        assert_eq!(bytes("one"), bytes(out), "{out}");
+    };
+    ws.ok(&format!("{flags} --batch-size 2 --set train.grad_accum=4 --out accumulated"));
+    same("accumulated");
+    let flags = format!("{flags} --set train.grad_accum=2");
+    for (world, zero) in [(2, 0), (4, 0), (2, 1), (4, 1)] {
+        let out = format!("ranks{world}-{zero}");
+        ranks(&ws, world, &format!("{flags} --batch-size {} --out {out} --set ddp.zero_stage={zero}", 4 / world));
+        same(&out);
     }
 }
 
@@ -324,7 +357,8 @@ fn a_rank_that_has_no_part_of_the_parameters_takes_part() {
         let sharded = format!("{flags} --batch-size 1 --out {name}5 --set ddp.zero_stage=1");
         ranks(&ws, 5, &format!("{sharded} --set train.stop_at=4"));
         ranks(&ws, 5, &format!("{sharded} --resume auto"));
-        assert!(difference(&ws, name, &format!("{name}5")) < 1e-4, "{}", difference(&ws, name, &format!("{name}5")));
+        // In half precision sums in another order round differently.
+        assert!(difference(&ws, name, &format!("{name}5")) < 2e-2, "{}", difference(&ws, name, &format!("{name}5")));
     }
 }
 
@@ -437,6 +471,33 @@ fn a_nan_on_one_rank_makes_all_skip_the_step() {
         let expected = if zero == 1 { 1 } else { 4 };
         assert_eq!((skipped, skipped_there, completed), (expected, expected, 4), "zero {zero} {precision:?}");
         assert!(weights.iter().all(|w| w.is_finite()), "the healthy rank's weights are as they were");
+    }
+}
+
+#[test]
+fn a_step_that_one_rank_cannot_take_changes_no_weight_of_the_others() {
+    let ws = Workspace::new();
+    for zero in [0, 1] {
+        let mut config = small_config(&ws);
+        // So much decay that a step of it alone would show.
+        (config.optim.lr, config.optim.weight_decay, config.optim.warmup_frac) = (0.1, 0.5, 0.0);
+        config.optim.decay = Decay::Matrices;
+        (config.train.stop_at, config.train.out) = (Some(1), ws.path(format!("step{zero}")));
+        config.ddp.zero_stage = zero;
+        let port = free_port();
+        let (tell, told) = std::sync::mpsc::channel();
+        let healthy = in_thread(0, port, config.clone(), move |trainer| {
+            let weights = trainer.var_store().trainable_variables();
+            tell.send(weights.iter().map(|p| p.norm().double_value(&[])).collect::<Vec<f64>>()).expect("a listener");
+        });
+        let sick = in_thread(1, port, config, |trainer| {
+            let _no_grad = tch::no_grad_guard();
+            let _ = trainer.var_store().variables()["tok_emb.weight"].get(0).fill_(f64::NAN);
+        });
+        let (after, skipped, _) = healthy.join().expect("rank 0");
+        sick.join().expect("rank 1");
+        assert_eq!(skipped, 1, "zero {zero}");
+        assert_eq!(told.recv().expect("rank 0's weights"), after, "zero {zero}");
     }
 }
 
@@ -587,10 +648,7 @@ fn torchrun_restarts_from_the_newest_checkpoint() {
     let line = "train --config tiny.yaml --steps 1000000 --set train.save_every=5 --set ddp.timeout=5";
     let mut run = Running::start(torchrun_command(&ws, 2, "--max-restarts=1", line));
     run.until("saved", |_| ws.path("run").exists() && ws.numbered("run", "ckpt").iter().any(|&s| s > 5));
-    // One of the ranks, found by what it was started as.
-    let killed = ws.shell("pkill -KILL -o -f \"^bbt train .*--set ddp.timeout=5$\" -P $(pgrep -f 'torchrun.*ddp.timeout=5' | tr '\\n' ,)0");
-    let killed = Running::start(killed).wait();
-    assert_eq!(killed.status, Some(0), "{}", killed.stderr);
+    kill(pid_of(&run, 0), "KILL");
     run.until("restarted", |run| run.stderr().contains("resuming from"));
     let resumed = run.stderr();
     let line = resumed.lines().find(|line| line.starts_with("resuming from")).expect("says so").to_string();
@@ -849,10 +907,12 @@ fn bbt_launch_trains_as_torchrun_does() {
     }
 }
 
-/// The process of a rank that `bbt launch` started: its child whose environment says so.
+/// The process of a rank that `bbt launch` or torchrun started: its child whose environment says so.
 fn pid_of(launcher: &Running, rank: usize) -> u32 {
-    let children = format!("/proc/{0}/task/{0}/children", launcher.pid());
-    let children = std::fs::read_to_string(children).expect("children");
+    let threads = std::fs::read_dir(format!("/proc/{}/task", launcher.pid())).expect("its threads");
+    // A child is listed with the thread that started it.
+    let children = threads.flatten().map(|thread| std::fs::read_to_string(thread.path().join("children")));
+    let children: String = children.map(Result::unwrap_or_default).collect();
     let is = |pid: &u32| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         environment.split(|&b| b == 0).any(|variable| variable == format!("RANK={rank}").as_bytes())

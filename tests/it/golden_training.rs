@@ -20,6 +20,7 @@ use bbt::config::{
     ActQuant, Attention, Config, ModelConfig, OptimConfig, Order, Precision, QuantConfig, QuantKernel, Schedule,
     TrainConfig,
 };
+use bbt::data::{Loader, LoaderOptions, Position};
 use bbt::inference::{Generator, Sampling};
 use bbt::models::BitByteLM;
 use bbt::training::evaluation::{EvalOptions, evaluate, inputs_and_targets};
@@ -298,14 +299,25 @@ fn the_originals_checkpoints_give_its_logits_loss_and_greedy_bytes() {
 #[test]
 fn the_golden_batches_are_the_windows_of_the_text_in_order() {
     let golden = Golden::open("bitbyte_tiny");
-    let text = std::fs::read(golden.dir.join("text.bin")).expect("text.bin");
+    let dataset = bbt::data::open(golden.dir.join("text.bin").to_str().expect("a UTF-8 path")).expect("text.bin");
+    let options = LoaderOptions {
+        order: Order::Sequential,
+        seed: 0,
+        start: Position::default(),
+        batch_size: 2,
+        grad_accum: 1,
+        rank: 0,
+        world: 1,
+    };
+    let mut loader = Loader::new(dataset, options, [64; 20]).expect("a loader");
     let batches = golden.tensor("batches");
     for step in 0..20 {
-        let rows: Vec<u8> = (0..2usize).flat_map(|b| text[(2 * step + b) * 64..][..65].to_vec()).collect();
-        let (inputs, targets) = inputs_and_targets(&rows, 2, Device::Cpu);
-        let batch = batches.get(step as i64);
-        assert!(inputs.equal(&batch.narrow(1, 0, 64)) && targets.equal(&batch.narrow(1, 1, 64)));
+        let found = loader.next().expect("a batch").expect("reads");
+        let (inputs, targets) = inputs_and_targets(&found.bytes, found.rows, Device::Cpu);
+        let batch = batches.get(step);
+        assert!(inputs.equal(&batch.narrow(1, 0, 64)) && targets.equal(&batch.narrow(1, 1, 64)), "step {step}");
     }
+    assert!(loader.next().is_none());
 }
 
 #[test]

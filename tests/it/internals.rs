@@ -1,13 +1,12 @@
 //! A look inside says what PyTorch finds in the same model, whatever computes it, and changes nothing.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::common::assert_same_checkpoint;
+use crate::common::{assert_same_checkpoint, free_port, text};
 use bbt::checkpoint::torch_file;
 use bbt::config::{ActQuant, Config, ModelConfig, Order, Precision, QuantKernel, TrainConfig, WeightQuant};
 use bbt::launch::RankEnv;
@@ -16,10 +15,6 @@ use bbt::training::utilisation::flops_per_byte;
 use bbt::training::{Start, Trainer, setup_ddp};
 
 const STEPS: u64 = 4;
-
-fn text() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin")
-}
 
 fn config(out: &Path) -> Config {
     let mut config = Config {
@@ -243,9 +238,7 @@ fn a_resumed_run_looks_anew() {
 
 /// A rank of two in a thread; what rank 0 sees.
 fn ranks(config: &Config) -> Seen {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-    let port = listener.local_addr().expect("an address").port();
-    drop(listener);
+    let port = free_port();
     let ranks = [0, 1].map(|rank| {
         let config = config.clone();
         std::thread::spawn(move || {

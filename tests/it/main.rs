@@ -19,6 +19,7 @@ mod kernels;
 mod launch;
 mod library;
 mod machine;
+mod make_golden;
 mod memory;
 mod original_commands;
 mod original_rule;

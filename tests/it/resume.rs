@@ -1,21 +1,20 @@
 //! Exact resume: N steps, or k steps, a new process's worth of state, and N - k steps, are the same run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use crate::common::assert_same_checkpoint;
-use bbt::checkpoint::torch_file;
+use crate::common::{assert_same_checkpoint, text};
+use bbt::checkpoint::{TrainingCheckpoint, Value, torch_file};
 use bbt::config::{Config, ModelConfig, Order, Precision};
 use bbt::training::metrics::{self, Row, TrainObserver, TrainRow};
-use bbt::training::{Start, Trainer};
+use bbt::training::{Start, TrainError, Trainer};
 
 fn config(precision: Precision, order: Order, out: &Path) -> Config {
     let mut config = Config {
         model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
         ..Config::default()
     };
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin");
-    config.data.train = text.to_str().expect("a UTF-8 path").into();
+    config.data.train = text().to_str().expect("a UTF-8 path").into();
     config.data.val = Some(config.data.train.clone());
     config.data.order = order;
     // The window changes at step 5, within what the resumed run does or has behind it.
@@ -70,6 +69,75 @@ fn a_resumed_run_is_bit_identical() {
             assert_eq!(log(&whole), log(&parts), "{precision:?} {order:?} {stop}");
         }
     }
+}
+
+/// The checkpoint `from` with another loss scale, as `to`.
+fn with_scale(from: &Path, to: &Path, scale: f64) {
+    let mut checkpoint = torch_file::read(from).expect("reads");
+    let Value::Dict(entries) = &mut checkpoint else { panic!("a checkpoint is a dict") };
+    let scaler = entries.iter_mut().find(|(key, _)| key.as_str() == Some("scaler")).expect("a scaler");
+    let Value::Dict(state) = &mut scaler.1 else { panic!("its state is a dict") };
+    state.iter_mut().find(|(key, _)| key.as_str() == Some("scale")).expect("a scale").1 = Value::Float(scale);
+    torch_file::write(to, &checkpoint).expect("writes");
+}
+
+#[test]
+fn skipped_steps_are_counted_on_over_a_resumption() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let config = |out: &str, stop_at: Option<u64>| {
+        let mut config = config(Precision::Fp16, Order::Shuffled, &dir.path().join(out));
+        config.train.stop_at = stop_at;
+        config
+    };
+    let resume = |path: PathBuf| Start::Resume { path, optimizer_state: true };
+    let checkpoint = |out: &str| dir.path().join(out).join("ckpt.pt");
+    // From a scale at which the gradients of every step overflow.
+    train(config("begun", Some(1)), Start::Fresh);
+    let overflowing = dir.path().join("overflowing.pt");
+    with_scale(&checkpoint("begun"), &overflowing, f64::exp2(100.0));
+    train(config("whole", Some(7)), resume(overflowing.clone()));
+    train(config("parts", Some(4)), resume(overflowing.clone()));
+    train(config("parts", Some(7)), resume(checkpoint("parts")));
+    let read = |out: &str| torch_file::read(&checkpoint(out)).expect("reads");
+    assert_same_checkpoint(&read("whole"), &read("parts"), "");
+    // As text: a norm that is not a number equals nothing.
+    let text = |out: &str| format!("{:?}", log(&dir.path().join(out)));
+    assert_eq!(text("whole"), text("parts"));
+    let progress = |out: &str| TrainingCheckpoint::open(&checkpoint(out)).expect("opens").progress();
+    assert_eq!((progress("parts").skipped, progress("parts").skipped_in_a_row), (6, 6));
+
+    // The run gives up after as many in a row, in whichever part they were.
+    let mut impatient = config("parts", None);
+    impatient.train.max_nonfinite = 8;
+    let mut trainer = Trainer::new(impatient, resume(checkpoint("parts"))).expect("a trainer");
+    let error = trainer.train(&mut (), &AtomicBool::new(false)).expect_err("diverges");
+    assert!(matches!(error, TrainError::Diverged { skipped: 8, step: 8, .. }), "{error}");
+}
+
+#[test]
+fn the_best_checkpoint_stays_the_best_when_a_resumed_run_gets_worse() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut first = config(Precision::Fp32, Order::Shuffled, dir.path());
+    (first.train.eval_every, first.train.stop_at) = (1, Some(5));
+    let mut worse = first.clone();
+    train(first, Start::Fresh);
+    let read = |name: &str| std::fs::read(dir.path().join(name)).expect(name);
+    let best = read("ckpt-best.pt");
+    // Steps so large that the model forgets what it knew.
+    (worse.optim.lr, worse.train.stop_at) = (1e3, None);
+    train(worse, Start::Resume { path: dir.path().join("ckpt.pt"), optimizer_state: true });
+    let losses: Vec<f64> = log(dir.path())
+        .iter()
+        .filter_map(|row| if let Row::Val(row) = row { Some(row.val_loss) } else { None })
+        .collect();
+    assert_eq!(losses.len(), 10);
+    let lowest = losses[..5].iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(losses[5..].iter().all(|loss| *loss > lowest), "{losses:?}");
+    assert!(read("ckpt-best.pt") == best, "it is as it was");
+    assert_eq!(
+        TrainingCheckpoint::open(&dir.path().join("ckpt.pt")).expect("opens").progress().best_val_loss,
+        Some(lowest)
+    );
 }
 
 #[test]

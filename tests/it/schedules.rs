@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use crate::common::assert_same_checkpoint;
+use crate::common::{assert_same_checkpoint, text};
 use bbt::checkpoint::{load_model, torch_file};
 use bbt::config::{
     ActQuant, Config, Decay, ModelConfig, OptimConfig, Order, Precision, QuantKernel, Schedule, WeightQuant,
@@ -167,8 +167,7 @@ fn config(precision: Precision, kernel: QuantKernel, out: &Path) -> Config {
         model: ModelConfig { n_layer: 2, d_model: 32, n_head: 2, d_ff: 64, ..ModelConfig::default() },
         ..Config::default()
     };
-    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bitbyte_tiny/text.bin");
-    config.data.train = text.to_str().expect("a UTF-8 path").into();
+    config.data.train = text().to_str().expect("a UTF-8 path").into();
     config.data.val = Some(config.data.train.clone());
     config.data.order = Order::Shuffled;
     config.data.seq_len = Some(24);

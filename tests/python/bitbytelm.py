@@ -62,11 +62,11 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def rope(x, base=10000.0):
+def rope(x, base=10000.0, start=0):
     half = x.shape[-1] // 2
     dtype = fp32(x).dtype
     inverse = 1 / base ** (torch.arange(half, device=x.device, dtype=dtype) / half)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=dtype), inverse)
+    angles = torch.outer(torch.arange(start, start + x.shape[-2], device=x.device, dtype=dtype), inverse)
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)

@@ -5,13 +5,22 @@ pub mod cli;
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Mutex;
 
 use bbt::checkpoint::Value;
 use bbt::config::{ActQuant, Attention, ModelConfig, QuantConfig, QuantKernel, Ste};
 use bbt::models::BitByteLM;
 use tch::{Device, Tensor, nn};
+
+/// 16,800 bytes to train on, in which no window of 16 bytes or more comes twice: another place in them has another loss.
+pub fn text() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text.bin")
+}
 
 /// A folder of golden data: numbers written by the PyTorch original.
 pub struct Golden {
@@ -86,6 +95,23 @@ pub fn model_with(
     }
     drop(_no_grad);
     (vs, model)
+}
+
+/// A port for a store that is still to be served. The kernel gives it to nobody else, because it lies below those that it
+/// hands out by itself (`net.ipv4.ip_local_port_range`), and neither does another test: a local socket with the port in its
+/// name, held until this program ends, says that it is taken.
+pub fn free_port() -> u16 {
+    static HELD: Mutex<Vec<UnixListener>> = Mutex::new(vec![]);
+    let mut held = HELD.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    for port in 20_000..32_000 {
+        let name = SocketAddr::from_abstract_name(format!("bbt-test-port-{port}")).expect("a name");
+        let Ok(claim) = UnixListener::bind_addr(&name) else { continue };
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            held.push(claim);
+            return port;
+        }
+    }
+    panic!("no port is free");
 }
 
 /// Python with the torch that the tests check against. `BBT_PYTHON` names another interpreter;
