@@ -14,7 +14,7 @@ BITSANDBYTES_VERSION = 0.50.2
 CARGO = cargo
 BBT = target/release/bbt
 
-.PHONY: all build train test bench quality lint-docker libtorch check-libtorch clean
+.PHONY: all build train test bench quality lint-docker libtorch clean
 .DELETE_ON_ERROR:
 
 all: build
