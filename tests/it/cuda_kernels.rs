@@ -196,7 +196,7 @@ fn the_cache_saves_time_and_costs_no_trust() {
     let folder = tempfile::tempdir().unwrap();
     build(&folder.path().join("libnvrtc.so.13"), &[("tests/cuda/nvrtc.cpp", &[])], &["-shared", "-fPIC"]);
     let mut test = Command::new(std::env::current_exe().unwrap());
-    test.args(["--ignored", "--exact", "with_an_nvrtc_that_counts"]);
+    test.args(["--ignored", "--exact", "cuda_kernels::with_an_nvrtc_that_counts"]);
     run(test.env("LD_LIBRARY_PATH", folder.path()).env(COUNT, folder.path().join("count")));
     assert!(compiled(&folder.path().join("count")) > 0, "the test in the other process ran");
 }
