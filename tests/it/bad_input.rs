@@ -365,6 +365,15 @@ fn an_optimizer_state_that_is_missing_or_anothers() {
             of_one.retain(|(key, _)| key.as_str() == Some("step"));
         }
     });
+    // Moments of zero at step 20, or for one parameter, would be another run without a word.
+    altered(&ws, "emptied.pt", |entries| {
+        *entry(entries, "opt").get_mut("state").expect("has a state") = Value::Dict(vec![]);
+    });
+    altered(&ws, "group.pt", |entries| {
+        let Some(Value::List(groups)) = entry(entries, "opt").get_mut("param_groups") else { panic!("has groups") };
+        let Some(Value::List(numbers)) = groups[0].get_mut("params") else { panic!("has parameters") };
+        numbers.pop();
+    });
     let adamw8bit = crate::common::Golden::open("bitbyte_tiny").dir.with_file_name("adamw8bit").join("ckpt.pt");
     fs::copy(adamw8bit, ws.path("adamw8bit.pt")).expect("copies");
     for (file, parts) in [
@@ -372,6 +381,8 @@ fn an_optimizer_state_that_is_missing_or_anothers() {
         ("none.pt", &["optimizer state", "opt"]),
         ("null.pt", &["optimizer state", "opt"]),
         ("fewer.pt", &["no state for parameter"]),
+        ("emptied.pt", &["no state for parameter"]),
+        ("group.pt", &["17 parameters", "18"]),
         ("sgd.pt", &["exp_avg", "AdamW"]),
         ("adamw8bit.pt", &["AdamW8bit"]),
     ] {
