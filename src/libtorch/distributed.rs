@@ -77,11 +77,11 @@ impl Store {
         thread::Builder::new()
             .name("store".into())
             .spawn(make)
-            .map_err(|error| Error(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| Error::new(format!("cannot start a thread: {error}")))?;
         told.recv_timeout(timeout).unwrap_or_else(|error| {
-            Err(Error(match error {
+            Err(Error::new(match error {
                 RecvTimeoutError::Timeout => format!("nothing came of it in {} s", timeout.as_secs()),
-                RecvTimeoutError::Disconnected => "the connection failed".into(),
+                RecvTimeoutError::Disconnected => "the connection failed".to_string(),
             }))
         })
     }

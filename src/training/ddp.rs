@@ -257,7 +257,7 @@ fn accepts(host: &str, port: u16) -> bool {
 /// The interface that Gloo says it cannot use, if that is what failed.
 fn unknown_interface(error: &libtorch::Error) -> Option<DdpError> {
     let given = std::env::var("GLOO_SOCKET_IFNAME").ok()?;
-    let name = error.0.split("Unable to find address for: ").nth(1)?.split_whitespace().next()?.to_string();
+    let name = error.text().split("Unable to find address for: ").nth(1)?.split_whitespace().next()?.to_string();
     let interfaces = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
     let mut found: Vec<String> = interfaces.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     found.sort();
