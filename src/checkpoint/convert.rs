@@ -5,8 +5,10 @@ use std::path::Path;
 
 use tch::Kind;
 
-use super::training_checkpoint::{EMBEDDING, HEAD, TrainingCheckpoint, model_checkpoint, tensor_data, to_tensor};
-use super::{CheckpointError, TensorData, Value, safetensors_file, torch_file};
+use super::original_args::model_args;
+use super::state_dict::{EMBEDDING, HEAD, is_state_dict, prefix_len};
+use super::training_checkpoint::{STATE_DICTS, TrainingCheckpoint, model_checkpoint};
+use super::{CheckpointError, Format, TensorData, Value, safetensors_file, tensor_data, to_tensor, torch_file};
 use crate::config::{Config, OptimizerName};
 
 /// What weights may be converted to.
@@ -20,22 +22,24 @@ pub enum WeightDtype {
     Fp16,
 }
 
-/// Writes the checkpoint `input` as `output`, whose extension says how: `.pt` or `.safetensors`. `dtype`
-/// changes the weights', `optim` the optimizer whose state it is. A `.pt` from a `.pt` keeps everything; otherwise the weights and the model's
-/// configuration.
+/// Writes `checkpoint` as `output`, whose extension says how: `.pt` or `.safetensors`. `dtype` changes the weights',
+/// `optim` the optimizer whose state it is. A `.pt` from a `.pt` keeps everything but what bbt cannot write, which is
+/// returned by name; otherwise the weights and the model's configuration.
 ///
 /// # Errors
-/// As [`TrainingCheckpoint::open`]; an extension that is neither; no optimizer state to change; the file system's.
+/// An extension that is neither; no optimizer state to change; the file system's.
 pub fn convert(
-    input: &Path,
+    checkpoint: &TrainingCheckpoint,
     output: &Path,
     dtype: Option<WeightDtype>,
     optim: Option<OptimizerName>,
-) -> Result<(), CheckpointError> {
-    let checkpoint = TrainingCheckpoint::open(input)?;
+) -> Result<Vec<String>, CheckpointError> {
+    let input = checkpoint.path();
+    let from_safetensors = Format::of(input)? == Some(Format::Safetensors);
     let is = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
     let cast = |tensor: &TensorData| cast(tensor, dtype).map_err(|e| CheckpointError::content(input, e));
-    if let (Some(_), Some(weights)) = (optim, [input, output].into_iter().find(|path| is(path, "safetensors"))) {
+    if optim.is_some() && (from_safetensors || is(output, "safetensors")) {
+        let weights = if from_safetensors { input } else { output };
         return Err(CheckpointError::content(weights, "holds no optimizer state, which --optim changes"));
     }
     if is(output, "safetensors") {
@@ -43,31 +47,74 @@ pub fn convert(
         let weights = checkpoint.weights().iter().filter(|(name, _)| *name != HEAD);
         let weights = weights.map(|(name, tensor)| Ok((name.clone(), cast(tensor)?)));
         let weights = weights.collect::<Result<BTreeMap<_, _>, CheckpointError>>()?;
-        let config = config_of(&checkpoint).to_yaml();
+        let config = config_of(checkpoint).to_yaml();
         let metadata = HashMap::from([("format".into(), "pt".into()), ("bbt".into(), config)]);
-        return safetensors_file::write(output, &weights, metadata);
+        safetensors_file::write(output, &weights, metadata)?;
+        return Ok(vec![]);
     }
     if !is(output, "pt") {
         return Err(CheckpointError::content(output, "must end in .pt or .safetensors, which says what to write"));
     }
-    let value = if is(input, "safetensors") {
-        let weights = checkpoint.weights().iter().map(|(name, tensor)| Ok((name.clone(), cast(tensor)?)));
-        model_checkpoint(&config_of(&checkpoint), weights.collect::<Result<_, CheckpointError>>()?)
-    } else {
-        let mut value = torch_file::read(input)?;
-        if dtype.is_some()
-            && let Value::Dict(entries) = &mut value
-        {
-            for (_, model) in entries.iter_mut().filter(|(key, _)| key.as_str() == Some("model")) {
-                cast_state_dict(model, cast)?;
-            }
-        }
-        if let Some(name) = optim {
-            convert_optimizer(&checkpoint, &mut value, name)?;
-        }
-        value
+    let mut value = match from_safetensors {
+        true => Value::None,
+        false => torch_file::read(input)?,
     };
-    torch_file::write(output, &value)
+    if from_safetensors || is_state_dict(&value) {
+        if optim.is_some() {
+            return Err(CheckpointError::content(input, "holds no optimizer state, which --optim changes"));
+        }
+        let weights = checkpoint.weights().iter().map(|(name, tensor)| Ok((name.clone(), cast(tensor)?)));
+        let weights = weights.collect::<Result<_, CheckpointError>>()?;
+        torch_file::write(output, &model_checkpoint(&config_of(checkpoint), weights))?;
+        return Ok(vec![]);
+    }
+    if let Value::Dict(entries) | Value::OrderedDict { items: entries, .. } = &mut value {
+        let key = |entry: &(Value, Value), key: &str| entry.0.as_str() == Some(key);
+        let found = STATE_DICTS.iter().find_map(|name| entries.iter().position(|entry| key(entry, name)));
+        if let Some((name, model)) = found.map(|index| &mut entries[index]) {
+            *name = Value::Str("model".into());
+            cast_state_dict(model, cast)?;
+        }
+        if checkpoint.is_weights_alone() {
+            entries.retain(|entry| !key(entry, "args"));
+            entries.push((Value::Str("args".into()), model_args(&config_of(checkpoint))));
+        }
+    }
+    if let Some(name) = optim {
+        convert_optimizer(checkpoint, &mut value, name)?;
+    }
+    let mut left_out = vec![];
+    drop_opaque(&mut value, "", &mut left_out);
+    torch_file::write(output, &value)?;
+    Ok(left_out)
+}
+
+/// Takes the entries out of `value` that hold something that cannot be written, and notes their names.
+fn drop_opaque(value: &mut Value, path: &str, left_out: &mut Vec<String>) {
+    let (Value::Dict(entries) | Value::OrderedDict { items: entries, .. }) = value else { return };
+    entries.retain_mut(|(key, value)| {
+        let name = key.as_str().map_or_else(|| format!("{key:?}"), String::from);
+        let path = if path.is_empty() { name } else { format!("{path}.{name}") };
+        drop_opaque(value, &path, left_out);
+        let opaque = opaque_in(key).or_else(|| opaque_in(value));
+        if let Some(kind) = opaque {
+            left_out.push(format!("{path} ({kind})"));
+        }
+        opaque.is_none()
+    });
+}
+
+fn opaque_in(value: &Value) -> Option<&'static str> {
+    match value {
+        Value::Opaque(kind) => Some(kind),
+        Value::List(elements) | Value::Tuple(elements) => elements.iter().find_map(opaque_in),
+        Value::Dict(entries) => entries.iter().find_map(|(key, value)| opaque_in(key).or_else(|| opaque_in(value))),
+        Value::OrderedDict { items, attributes } => items
+            .iter()
+            .find_map(|(key, value)| opaque_in(key).or_else(|| opaque_in(value)))
+            .or_else(|| attributes.iter().find_map(|(_, value)| opaque_in(value))),
+        _ => None,
+    }
 }
 
 fn config_of(checkpoint: &TrainingCheckpoint) -> Config {
@@ -99,6 +146,12 @@ fn cast_state_dict(
     cast: impl Fn(&TensorData) -> Result<TensorData, CheckpointError>,
 ) -> Result<(), CheckpointError> {
     let (Value::OrderedDict { items, .. } | Value::Dict(items)) = model else { return Ok(()) };
+    let prefix = prefix_len(&items.iter().filter_map(|(name, _)| name.as_str()).collect::<Vec<_>>());
+    for (name, _) in items.iter_mut() {
+        if let Value::Str(name) = name {
+            name.drain(..prefix);
+        }
+    }
     for (_, value) in items.iter_mut() {
         if let Value::Tensor(tensor) = value {
             *tensor = cast(tensor)?;

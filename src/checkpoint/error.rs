@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::WeightsShape;
 use crate::utils::atomic::WriteError;
 
 /// A checkpoint that cannot be read or written; names the file.
@@ -22,6 +23,17 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong, and the way out.
         message: String,
+    },
+    /// It holds weights alone, which do not tell the number of heads.
+    #[error(
+        "{}: holds weights alone ({} layers × {}, d_ff {}), which tell all of the model's shape but the number of heads: give --n_head",
+        path.display(), shape.n_layer, shape.d_model, shape.d_ff
+    )]
+    Heads {
+        /// The file.
+        path: PathBuf,
+        /// What they tell.
+        shape: WeightsShape,
     },
     /// It cannot be written; what was there before is as it was.
     #[error(transparent)]

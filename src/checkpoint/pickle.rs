@@ -1,8 +1,10 @@
 //! Python's pickle, as far as `torch.save` uses it (Lib/pickletools.py describes every opcode).
 //!
 //! Reading is an allow-list: a pickle is a program, and the only things this machine can do are make plain
-//! containers and tensors. Any other global is refused by name; nothing is executed. Memory and time are
-//! bounded by the length of the input. Writing is protocol 2, as `torch.save` has it.
+//! containers and tensors. The list is that of `torch.load` with `weights_only` (torch/_weights_only_unpickler.py);
+//! values on it that bbt has no use for become [`Value::Opaque`], which says what they were. Any other global is
+//! refused by name; nothing is executed. Memory and time are bounded by the length of the input. Writing is
+//! protocol 2, as `torch.save` has it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use super::{Dtype, Storage, TensorData, Value};
 pub enum PickleError {
     /// It names a global that is not on the list.
     #[error(
-        "it asks for `{0}`, which bbt does not load: only plain containers and tensors are read (save a state_dict, not a whole object)"
+        "it asks for `{0}`, which bbt does not load: only what plain `torch.load` reads is read (save numbers, strings, containers and tensors, not objects)"
     )]
     Global(String),
     /// It does not parse.
@@ -37,6 +39,8 @@ pub type LoadStorage<'a> = dyn FnMut(&str, Dtype, usize) -> Result<Arc<Storage>,
 const MAX_DEPTH: usize = 64;
 /// The longest name of a device and key of a storage: "cuda:0" and "17" in earnest.
 const MAX_NAME: usize = 64;
+/// The most dimensions of a tensor, as PyTorch has it.
+const MAX_DIMENSIONS: usize = 64;
 
 /// Index of a node in the machine's arena.
 type Id = usize;
@@ -50,6 +54,14 @@ enum Global {
     Device,
     Encode,
     Storage(Dtype),
+    /// A storage of a type that bbt has no use for.
+    OpaqueStorage,
+    /// `torch._tensor._rebuild_from_type_v2`: calls another function of these, then sets attributes.
+    FromType,
+    /// The class `torch.Tensor`.
+    TensorClass,
+    /// A class or function whose instances or results bbt has no use for, in words.
+    Opaque(&'static str),
 }
 
 /// What is on the machine's stack. Containers hold indices, so that a value in the memo costs nothing to
@@ -66,6 +78,7 @@ enum Node {
     },
     Global(Global),
     Storage(Arc<Storage>),
+    OpaqueStorage,
 }
 
 struct Machine<'a, 'b> {
@@ -119,9 +132,10 @@ impl Machine<'_, '_> {
         self.take(usize::try_from(length).unwrap_or(usize::MAX))
     }
 
-    fn text(&mut self, n: usize) -> Result<String, PickleError> {
+    /// Python's strings may hold lone surrogates, which are not UTF-8.
+    fn text(&mut self, n: usize) -> Result<Value, PickleError> {
         let text = std::str::from_utf8(self.counted(n)?).map(String::from);
-        text.map_err(|_| self.damaged("a string is not UTF-8"))
+        Ok(text.map_or(Value::Opaque("str with lone surrogates"), Value::Str))
     }
 
     fn line(&mut self) -> Result<String, PickleError> {
@@ -169,6 +183,8 @@ impl Machine<'_, '_> {
         let list = self.top()?;
         match &mut self.nodes[list] {
             Node::List(elements) => elements.extend(new),
+            // ADDITEMS of a set.
+            Node::Plain(Value::Opaque(_)) => {}
             _ => return Err(self.damaged("something is appended to what is no list")),
         }
         Ok(())
@@ -178,6 +194,7 @@ impl Machine<'_, '_> {
         let dict = self.top()?;
         match &mut self.nodes[dict] {
             Node::Dict(items) | Node::OrderedDict { items, .. } => items.extend(new),
+            Node::Plain(Value::Opaque(_)) => {}
             _ => return Err(self.damaged("an item is set on what is no dict")),
         }
         Ok(())
@@ -232,7 +249,9 @@ impl Machine<'_, '_> {
                 0x8a => {
                     let n = self.number(1)? as usize;
                     if n > 8 {
-                        return Err(self.damaged("an integer needs more than 64 bits"));
+                        self.take(n)?;
+                        self.plain(Value::Opaque("int of more than 64 bits"));
+                        continue;
                     }
                     let unused = 64 - 8 * n as u32;
                     let number = if n == 0 { 0 } else { (self.number(n)? << unused) as i64 >> unused };
@@ -242,15 +261,13 @@ impl Machine<'_, '_> {
                     let bits = self.number(8)?.swap_bytes();
                     self.plain(Value::Float(f64::from_bits(bits)));
                 }
-                b'X' | 0x8c | 0x8d => {
-                    let text = self.text(if opcode == b'X' {
-                        4
-                    } else if opcode == 0x8c {
-                        1
-                    } else {
-                        8
+                b'X' | b'U' | 0x8c | 0x8d => {
+                    let text = self.text(match opcode {
+                        b'X' => 4,
+                        b'U' | 0x8c => 1,
+                        _ => 8,
                     })?;
-                    self.plain(Value::Str(text));
+                    self.plain(text);
                 }
                 b'B' | b'C' | 0x8e => {
                     let bytes = self.counted(if opcode == b'B' {
@@ -272,7 +289,8 @@ impl Machine<'_, '_> {
                     let element = self.pop()?;
                     self.append(vec![element])?;
                 }
-                b'e' => {
+                0x8f => self.plain(Value::Opaque("set")),
+                b'e' | 0x90 => {
                     let elements = self.pop_to_mark()?;
                     self.append(elements)?;
                 }
@@ -324,9 +342,10 @@ impl Machine<'_, '_> {
                 b'Q' => {
                     let id = self.pop()?;
                     let storage = self.storage(id)?;
-                    self.push(Node::Storage(storage));
+                    self.push(storage);
                 }
-                b'R' => {
+                // NEWOBJ makes an object of a class where REDUCE calls it, which for those of the list is the same.
+                b'R' | 0x81 => {
                     let (arguments, callable) = (self.pop()?, self.pop()?);
                     self.reduce(callable, arguments)?;
                 }
@@ -362,7 +381,10 @@ impl Machine<'_, '_> {
     }
 
     fn sizes(&self, id: Id) -> Result<Vec<usize>, PickleError> {
-        self.tuple(id)?.iter().map(|&id| self.size(id)).collect()
+        match self.tuple(id)? {
+            sizes if sizes.len() > MAX_DIMENSIONS => Err(self.damaged("a tensor has too many dimensions")),
+            sizes => sizes.iter().map(|&id| self.size(id)).collect(),
+        }
     }
 
     fn tuple(&self, id: Id) -> Result<&[Id], PickleError> {
@@ -373,18 +395,20 @@ impl Machine<'_, '_> {
     }
 
     /// The storage that `('storage', torch.FloatStorage, key, location, numel)` stands for.
-    fn storage(&mut self, id: Id) -> Result<Arc<Storage>, PickleError> {
+    fn storage(&mut self, id: Id) -> Result<Node, PickleError> {
         let &[tag, class, key, _location, numel] = self.tuple(id)? else {
             return Err(self.damaged("a persistent id is no storage"));
-        };
-        let Node::Global(Global::Storage(dtype)) = self.nodes[class] else {
-            return Err(self.damaged("a storage has no class"));
         };
         if self.string(tag)? != "storage" {
             return Err(self.damaged("a persistent id is no storage"));
         }
+        let dtype = match self.nodes[class] {
+            Node::Global(Global::Storage(dtype)) => dtype,
+            Node::Global(Global::OpaqueStorage) => return Ok(Node::OpaqueStorage),
+            _ => return Err(self.damaged("a storage has no class")),
+        };
         let (key, numel) = (self.name(key)?, self.size(numel)?);
-        (self.load)(&key, dtype, numel).map_err(PickleError::Storage)
+        (self.load)(&key, dtype, numel).map(Node::Storage).map_err(PickleError::Storage)
     }
 
     /// Pushes what `callable` gives for `arguments`.
@@ -411,31 +435,68 @@ impl Machine<'_, '_> {
                 self.budget = self.rest_of(self.budget, bytes.len())?;
                 Value::Bytes(bytes)
             }
-            (Global::RebuildTensor, &[storage, offset, shape, strides, requires_grad, ..]) => {
-                let Node::Storage(storage) = &self.nodes[storage] else {
-                    return Err(self.damaged("a tensor has no storage"));
-                };
-                let (offset, shape, strides) = (self.size(offset)?, self.sizes(shape)?, self.sizes(strides)?);
-                let requires_grad = matches!(self.nodes[requires_grad], Node::Plain(Value::Bool(true)));
-                let tensor = TensorData::view(storage.clone(), offset, shape, strides).ok_or_else(|| {
-                    self.damaged("a tensor reaches beyond its storage, or is expanded: clone() it first")
-                })?;
-                Value::Tensor(TensorData { requires_grad, ..tensor })
+            (Global::RebuildTensor, &[storage, offset, shape, strides, ref rest @ ..]) => {
+                self.tensor(storage, offset, [shape, strides], rest)?
             }
-            (Global::RebuildParameter, &[data, requires_grad, ..]) => {
-                let Node::Plain(Value::Tensor(data)) = &self.nodes[data] else {
-                    return Err(self.damaged("a parameter has no tensor"));
+            (Global::RebuildParameter, &[data, requires_grad, ..]) => match &self.nodes[data] {
+                Node::Plain(Value::Tensor(data)) => {
+                    let requires_grad = matches!(self.nodes[requires_grad], Node::Plain(Value::Bool(true)));
+                    Value::Tensor(TensorData { requires_grad, ..data.clone() })
+                }
+                Node::Plain(Value::Opaque(name)) => Value::Opaque(name),
+                _ => return Err(self.damaged("a parameter has no tensor")),
+            },
+            // Of a class of tensors other than torch's own nothing is known.
+            (Global::FromType, &[function, class, arguments, ..]) => {
+                return match (&self.nodes[function], &self.nodes[class]) {
+                    (
+                        Node::Global(Global::RebuildTensor | Global::RebuildParameter),
+                        Node::Global(Global::TensorClass),
+                    ) => self.reduce(function, arguments),
+                    _ => {
+                        self.plain(Value::Opaque("tensor of another class"));
+                        Ok(())
+                    }
                 };
-                let requires_grad = matches!(self.nodes[requires_grad], Node::Plain(Value::Bool(true)));
-                Value::Tensor(TensorData { requires_grad, ..data.clone() })
             }
+            (Global::Opaque(name), _) => Value::Opaque(name),
+            (Global::TensorClass, _) => Value::Opaque("tensor"),
             _ => return Err(self.damaged("a function has other arguments than it takes")),
         };
         self.plain(value);
         Ok(())
     }
 
+    /// `_rebuild_tensor` and its second version; `rest` is requires_grad, hooks and the metadata.
+    fn tensor(&self, storage: Id, offset: Id, [shape, strides]: [Id; 2], rest: &[Id]) -> Result<Value, PickleError> {
+        let storage = match &self.nodes[storage] {
+            Node::Storage(storage) => storage,
+            Node::OpaqueStorage => return Ok(Value::Opaque("tensor of a dtype that bbt does not load")),
+            _ => return Err(self.damaged("a tensor has no storage")),
+        };
+        let (offset, shape, strides) = (self.size(offset)?, self.sizes(shape)?, self.sizes(strides)?);
+        // Its elements stand for their negatives or conjugates.
+        if let Some(&metadata) = rest.get(2)
+            && !matches!(&self.nodes[metadata], Node::Plain(Value::None))
+            && !matches!(&self.nodes[metadata], Node::Dict(items) if items.is_empty())
+        {
+            return Ok(Value::Opaque("tensor with a negative or conjugate bit"));
+        }
+        if let Some(tensor) = TensorData::view(storage.clone(), offset, shape.clone(), strides.clone()) {
+            let requires_grad =
+                rest.first().is_some_and(|&id| matches!(self.nodes[id], Node::Plain(Value::Bool(true))));
+            return Ok(Value::Tensor(TensorData { requires_grad, ..tensor }));
+        }
+        match TensorData::is_expanded(storage, offset, &shape, &strides) {
+            true => Ok(Value::Opaque("expanded tensor")),
+            false => Err(self.damaged("a tensor reaches beyond its storage")),
+        }
+    }
+
     fn build(&mut self, target: Id, state: Id) -> Result<(), PickleError> {
+        if let Node::Plain(Value::Opaque(_)) = self.nodes[target] {
+            return Ok(());
+        }
         if !matches!(self.nodes[state], Node::Dict(_)) {
             return Err(self.damaged("attributes are no dict"));
         }
@@ -485,7 +546,8 @@ impl Machine<'_, '_> {
                     })
                     .collect::<Result<_, _>>()?,
             },
-            Node::Global(_) | Node::Storage(_) => return Err(self.damaged("a class stands where a value should")),
+            Node::Global(_) => Value::Opaque("class"),
+            Node::Storage(_) | Node::OpaqueStorage => Value::Opaque("storage"),
         })
     }
 
@@ -508,26 +570,76 @@ impl Machine<'_, '_> {
     }
 }
 
+/// Storage classes of dtypes that bbt has no use for.
+const OPAQUE_STORAGES: [&str; 7] = [
+    "ComplexDoubleStorage",
+    "ComplexFloatStorage",
+    "QInt32Storage",
+    "QInt8Storage",
+    "QUInt2x4Storage",
+    "QUInt4x2Storage",
+    "QUInt8Storage",
+];
+
+/// Before 0.4 each dtype had a class of tensors.
+const TENSOR_CLASSES: [&str; 10] =
+    ["BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short"];
+
+/// torch.dtype and torch.qscheme.
+#[rustfmt::skip]
+const DTYPES: [&str; 51] = [
+    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex32",
+    "complex64", "complex128", "uint16", "uint32", "uint64", "float4_e2m1fn_x2", "float8_e4m3fn", "float8_e4m3fnuz",
+    "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "qint8", "quint8", "qint32", "quint4x2", "quint2x4", "bits8",
+    "bits16", "bits1x8", "bits2x4", "bits4x2", "int1", "int2", "int3", "int4", "int5", "int6", "int7", "uint1", "uint2",
+    "uint3", "uint4", "uint5", "uint6", "uint7", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine",
+    "per_channel_symmetric", "per_channel_affine_float_qparams",
+];
+
 /// The allow-list.
 fn global(module: &str, name: &str) -> Result<Node, PickleError> {
     let refused = || PickleError::Global(format!("{module}.{name}"));
     Ok(Node::Global(match (module, name) {
         ("collections", "OrderedDict") => Global::OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2") => Global::RebuildTensor,
-        ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
+        ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Global::RebuildTensor,
+        ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => Global::RebuildParameter,
+        ("torch._tensor", "_rebuild_from_type_v2") => Global::FromType,
+        ("torch", "Tensor") => Global::TensorClass,
+        ("torch._utils", "_rebuild_tensor_v3") => Global::Opaque("tensor of a dtype that bbt does not load"),
+        ("torch._utils", "_rebuild_sparse_tensor") => Global::Opaque("sparse tensor"),
+        ("torch._utils", "_rebuild_qtensor") => Global::Opaque("quantized tensor"),
+        ("torch._utils", "_rebuild_nested_tensor") => Global::Opaque("nested tensor"),
+        ("torch._utils", "_rebuild_meta_tensor_no_storage") => Global::Opaque("meta tensor"),
+        ("torch._utils", "_rebuild_wrapper_subclass") => Global::Opaque("tensor of another class"),
+        ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor" | "_rebuild_device_tensor_from_numpy") => {
+            Global::Opaque("tensor of another device")
+        }
+        ("torch.nn.parameter", "Parameter") => Global::Opaque("parameter"),
+        ("torch.serialization", "_get_layout") => Global::Opaque("torch.layout"),
+        ("collections", "Counter") => Global::Opaque("Counter"),
+        // Protocol 2 calls the module by its name in Python 2.
+        ("builtins" | "__builtin__", "set") => Global::Opaque("set"),
+        ("builtins" | "__builtin__", "bytearray") => Global::Opaque("bytearray"),
+        ("builtins" | "__builtin__", "complex") => Global::Opaque("complex"),
         ("torch", "Size") => Global::Size,
         ("torch", "device") => Global::Device,
         // Protocol 2 has no opcode for bytes: they are a string and its encoding.
         ("_codecs", "encode") => Global::Encode,
-        ("torch", class) if class.ends_with("Storage") => {
-            let dtype = Dtype::ALL.into_iter().find(|dtype| dtype.storage_class() == class);
-            Global::Storage(dtype.ok_or_else(refused)?)
+        ("torch.storage", "UntypedStorage" | "TypedStorage") => Global::OpaqueStorage,
+        ("torch" | "torch.cuda", class) if class.ends_with("Storage") => {
+            match Dtype::ALL.into_iter().find(|dtype| dtype.storage_class() == class) {
+                Some(dtype) => Global::Storage(dtype),
+                None if OPAQUE_STORAGES.contains(&class) => Global::OpaqueStorage,
+                None => return Err(refused()),
+            }
+        }
+        ("torch" | "torch.cuda" | "torch.sparse" | "torch.cuda.sparse", class)
+            if class.strip_suffix("Tensor").is_some_and(|kind| TENSOR_CLASSES.contains(&kind)) =>
+        {
+            Global::Opaque("tensor of an old class")
         }
         // A dtype is a value like any other, and stands as its name.
-        (
-            "torch",
-            "float32" | "float64" | "float16" | "bfloat16" | "int64" | "int32" | "int16" | "int8" | "uint8" | "bool",
-        ) => return Ok(Node::Plain(Value::Str(format!("torch.{name}")))),
+        ("torch", name) if DTYPES.contains(&name) => return Ok(Node::Plain(Value::Str(format!("torch.{name}")))),
         _ => return Err(refused()),
     }))
 }
@@ -599,6 +711,7 @@ impl Writer {
                 }
             }
             Value::Tensor(tensor) => self.tensor(tensor)?,
+            Value::Opaque(name) => return Err(self.refused(&format!("bbt cannot write a value of type {name}"))),
         }
         Ok(())
     }

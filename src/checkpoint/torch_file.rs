@@ -5,9 +5,10 @@
 //! Files are memory-mapped: tensors read from one are parts of it until they are copied.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Cursor, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,8 +35,12 @@ impl AsRef<[u8]> for MapRange {
 pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
     let error = |source| CheckpointError::Read { path: path.into(), source };
     // Before it is opened: opening a pipe waits for its writer.
-    if !path.metadata().map_err(error)?.is_file() {
-        return Err(CheckpointError::content(path, "is no file: name a checkpoint"));
+    let metadata = path.metadata().map_err(error)?;
+    if let Some(kind) = kind_of_no_file(&metadata) {
+        return Err(CheckpointError::content(path, format!("is {kind}, no file: name a checkpoint")));
+    }
+    if metadata.len() == 0 {
+        return Err(CheckpointError::content(path, "is empty: no checkpoint"));
     }
     let file = File::open(path).map_err(error)?;
     // SAFETY: the map is only read. Checkpoints are replaced by renaming, never changed in place, by us and
@@ -43,6 +48,51 @@ pub(super) fn map(path: &Path) -> Result<Arc<Mmap>, CheckpointError> {
     let map = unsafe { Mmap::map(&file) }.map_err(error)?;
     Ok(Arc::new(map))
 }
+
+/// What a path names that is no regular file, in words.
+fn kind_of_no_file(metadata: &Metadata) -> Option<&'static str> {
+    let kind = metadata.file_type();
+    match kind {
+        _ if kind.is_file() => None,
+        _ if kind.is_dir() => Some("a directory"),
+        _ if kind.is_fifo() => Some("a pipe"),
+        _ if kind.is_socket() => Some("a socket"),
+        _ => Some("a device"),
+    }
+}
+
+/// How a file holds a checkpoint, as its first bytes say; its name does not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The zip archive of `torch.save`, or the pickle that it wrote before PyTorch 1.6.
+    Torch,
+    /// safetensors.
+    Safetensors,
+}
+
+impl Format {
+    /// The format of the file at `path`; none where it is neither.
+    ///
+    /// # Errors
+    /// A file that is missing, empty, or no regular file.
+    pub fn of(path: &Path) -> Result<Option<Self>, CheckpointError> {
+        Ok(Self::of_bytes(&map(path)?))
+    }
+
+    fn of_bytes(bytes: &[u8]) -> Option<Self> {
+        // The length of a JSON object, which follows.
+        let header = bytes.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+        let is_header = (2..=100_000_000).contains(&header) && bytes.get(8) == Some(&b'{');
+        match bytes {
+            _ if bytes.starts_with(b"PK\x03\x04") || bytes.starts_with(LEGACY) => Some(Self::Torch),
+            _ if is_header => Some(Self::Safetensors),
+            _ => None,
+        }
+    }
+}
+
+/// What a file of `torch.save` before PyTorch 1.6 begins with: the pickled number 0x1950a86a20f9469cfc6c.
+const LEGACY: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19";
 
 /// An entry of the archive: where its bytes lie, and their checksum.
 struct Entry {
@@ -53,17 +103,19 @@ struct Entry {
 /// Reads the value that `path` holds.
 ///
 /// # Errors
-/// A file that is missing, truncated, damaged (every entry used is checked against its CRC-32), of the old
-/// format, or whose pickle asks for anything but plain containers and tensors.
+/// A file that is missing, truncated, damaged (every entry used is checked against its CRC-32, unless the archive
+/// was saved without), of the old format, or whose pickle asks for what plain `torch.load` does not load.
 pub fn read(path: &Path) -> Result<Value, CheckpointError> {
     let error = |message: String| CheckpointError::content(path, message);
     let map = map(path)?;
     let (folder, entries) = entries(&map).map_err(error)?;
+    // `torch.utils.serialization.config.save.compute_crc32 = False` leaves 0 in all of them.
+    let checked = entries.values().any(|entry| entry.crc32 != 0);
     let bytes = |name: &str| match entries.get(&format!("{folder}{name}")) {
         None => Ok(None),
         Some(entry) => {
             let bytes = &map[entry.range.clone()];
-            if crc32fast::hash(bytes) != entry.crc32 {
+            if checked && crc32fast::hash(bytes) != entry.crc32 {
                 return Err(format!("is damaged: the checksum of {name} does not fit"));
             }
             Ok(Some((bytes, entry.range.clone())))
@@ -98,7 +150,7 @@ pub fn read(path: &Path) -> Result<Value, CheckpointError> {
 /// The folder that a checkpoint's files lie in, with its slash, and all entries by name. Each lies within the
 /// file, and none within another.
 fn entries(map: &[u8]) -> Result<(String, HashMap<String, Entry>), String> {
-    if map.starts_with(&[0x80]) {
+    if map.starts_with(LEGACY) {
         return Err("is in PyTorch's old format (before 1.6): load it there and torch.save it again".into());
     }
     if !map.starts_with(b"PK") {

@@ -7,38 +7,34 @@
 //! | `variant`, `model_family` | `ar`, `bitbyte` |
 //! | `model` | the state_dict; `lm_head.weight` shares the storage of `tok_emb.weight` |
 //! | `opt` | the state_dict of torch.optim.AdamW or bitsandbytes' AdamW8bit, parameters numbered in PyTorch's order |
-//! | `scaler` | the state_dict of GradScaler; empty where the run has none |
+//! | `scaler` | the state_dict of GradScaler; of a run that has none, the one it was resumed with, or GradScaler's defaults |
 //! | `args` | the original's command-line arguments |
-//! | `bbt` | what exact resume needs besides: `version`, `config` (YAML), `progress` (JSON) |
+//! | `bbt` | what exact resume needs besides: `version`, `config` (YAML), `progress` (JSON), `data` (a fingerprint) |
+//!
+//! Reading takes weights alone, too. A value that bbt uses and that cannot be read is an error, never a default; a
+//! key that bbt does not use may hold anything.
 
-use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 
-use super::{CheckpointError, Dtype, Storage, TensorData, Value, safetensors_file, torch_file};
-use crate::config::{
-    ActQuant, Attention, Config, ModelConfig, OptimizerName, QuantConfig, QuantKernel, Schedule, VOCAB_SIZE,
-};
+use super::optimizer_state::{Group, optimizer_value};
+use super::original_args::{Rule, args, its_arithmetic, model_of_args, original_rule, rule_of};
+use super::state_dict::{self, Weights, WeightsShape, is_state_dict, parameter_names, weights_of, without_prefix};
+use super::{CheckpointError, Dtype, Format, Storage, TensorData, Value, safetensors_file, torch_file};
+use crate::config::{ActQuant, Attention, Config, ModelConfig, QuantConfig, WeightQuant};
 use crate::data::Position;
 use crate::libtorch::cpu_bytes;
 use crate::models::BitByteLM;
-use crate::utils::optim::{AdamW8bit, AdamW8bitState, AdamWState, Moments, OptimizerState, ScalerState};
+use crate::utils::optim::{OptimizerState, ScalerState};
 
 /// The value of `model_family`.
-const FAMILY: &str = "bitbyte";
-/// The embedding.
-pub(super) const EMBEDDING: &str = "tok_emb.weight";
-/// The output head, tied to it.
-pub(super) const HEAD: &str = "lm_head.weight";
-/// Where bitsandbytes puts what it keeps of a parameter, but for the step.
-const QUANT_STATE: &str = "__bnb_optimizer_quant_state__";
-/// What to do without the optimizer's state.
-const WITHOUT_STATE: &str = "use --no-opt-state to start with fresh moments, or --init to start at step 0";
-/// The longest sequence of the original's curriculum, where nothing caps it.
-const UNCAPPED: i64 = 8192;
+pub(super) const FAMILY: &str = "bitbyte";
+/// The original's file for inference: the weights are ternary values already, and activations stay in full precision.
+const FAST_TERNARY: &str = "fast_ternary_v1";
+/// The keys that people put a state_dict under.
+pub(super) const STATE_DICTS: [&str; 3] = ["model", "state_dict", "model_state_dict"];
 
 /// How far a run has come: what exact resume needs besides weights and optimizer.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -69,8 +65,10 @@ pub struct Contents<'a> {
     pub lr: f64,
     /// The weight decay of the last step.
     pub weight_decay: f64,
-    /// The gradient scaler, for fp16.
-    pub scaler: Option<ScalerState>,
+    /// The gradient scaler's state, for whoever goes on in fp16.
+    pub scaler: ScalerState,
+    /// What tells the training bytes from others ([`crate::data::ByteDataset::fingerprint`]).
+    pub data: &'a str,
     /// How far the run has come.
     pub progress: &'a Progress,
 }
@@ -92,16 +90,20 @@ impl Contents<'_> {
             (name, data)
         });
         let progress = serde_json::to_string(self.progress).unwrap_or_default();
-        let ours =
-            dict([("version", Value::Int(1)), ("config", str(&self.config.to_yaml())), ("progress", str(&progress))]);
+        let ours = dict([
+            ("version", Value::Int(VERSION)),
+            ("config", str(&self.config.to_yaml())),
+            ("progress", str(&progress)),
+            ("data", str(self.data)),
+        ]);
         dict([
             // Of the steps from 0 the last one done; 0, too, before the first.
             ("step", int(self.progress.completed.saturating_sub(1))),
             ("variant", str("ar")),
             ("model_family", str(FAMILY)),
-            ("model", state_dict(&self.config.model, weights.collect())),
+            ("model", state_dict::state_dict(&self.config.model, weights.collect())),
             ("opt", self.optimizer()),
-            ("scaler", self.scaler.map_or(dict([]), scaler_value)),
+            ("scaler", scaler_value(self.scaler)),
             ("args", args(self.config)),
             ("bbt", ours),
         ])
@@ -115,233 +117,293 @@ impl Contents<'_> {
     }
 }
 
-/// The numbers of an optimizer's one group of parameters.
-struct Group {
-    lr: f64,
-    betas: (f64, f64),
-    eps: f64,
-    weight_decay: f64,
+/// The version of the key `bbt`.
+const VERSION: i64 = 1;
+
+/// What the user says of a model, for files that do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Given {
+    /// Number of heads, which no weight's shape tells.
+    pub n_head: Option<i64>,
+    /// Quantization of activations; int8 where nothing is said.
+    pub act: Option<ActQuant>,
 }
 
-/// The `state_dict()` of the optimizer that `state` is of; without the state of parameters unless `stepped`.
-fn optimizer_value(state: &OptimizerState, stepped: bool, group: Group) -> Value {
-    let params = (0..state.len() as i64).map(Value::Int).collect();
-    let common = [
-        ("lr", Value::Float(group.lr)),
-        ("betas", Value::Tuple(vec![Value::Float(group.betas.0), Value::Float(group.betas.1)])),
-        ("eps", Value::Float(group.eps)),
-        ("weight_decay", Value::Float(group.weight_decay)),
-    ];
-    let (entries, of_its_own) = match state {
-        OptimizerState::AdamW(state) => (state.iter().map(adamw_value).collect(), ADAMW_GROUP),
-        OptimizerState::AdamW8bit(state) => (adamw8bit_values(state), ADAMW8BIT_GROUP),
-    };
-    let entries: Vec<Value> = if stepped { entries } else { vec![] };
-    let group = common.into_iter().chain(of_its_own.iter().cloned()).chain([("params", Value::List(params))]);
-    dict([
-        ("state", Value::Dict((0..).map(Value::Int).zip(entries).collect())),
-        ("param_groups", Value::List(vec![Value::Dict(group.map(|(key, value)| (str(key), value)).collect())])),
-    ])
-}
-
-/// What else PyTorch 2.11 has in a group of `torch.optim.AdamW`.
-const ADAMW_GROUP: &[(&str, Value)] = &[
-    ("amsgrad", Value::Bool(false)),
-    ("maximize", Value::Bool(false)),
-    ("foreach", Value::None),
-    ("capturable", Value::Bool(false)),
-    ("differentiable", Value::Bool(false)),
-    ("fused", Value::None),
-    ("decoupled_weight_decay", Value::Bool(true)),
-];
-
-/// What else bitsandbytes 0.50 has in one of `AdamW8bit`.
-const ADAMW8BIT_GROUP: &[(&str, Value)] =
-    &[("alpha", Value::Float(0.0)), ("t_alpha", Value::None), ("t_beta3", Value::None)];
-
-fn adamw_value(s: &AdamWState) -> Value {
-    dict([
-        ("step", Value::Tensor(tensor_data(&s.step))),
-        ("exp_avg", Value::Tensor(tensor_data(&s.exp_avg))),
-        ("exp_avg_sq", Value::Tensor(tensor_data(&s.exp_avg_sq))),
-    ])
-}
-
-fn adamw8bit_values(state: &AdamW8bit) -> Vec<Value> {
-    // One storage for all.
-    let [qmap1, qmap2] = state.qmaps().map(|qmap| Value::Tensor(tensor_data(qmap)));
-    let tensor = |tensor: &Tensor| Value::Tensor(tensor_data(tensor));
-    let of_one = |s: &AdamW8bitState| {
-        let moments = match &s.moments {
-            Moments::Full([first, second]) => dict([("state1", tensor(first)), ("state2", tensor(second))]),
-            Moments::Quantized([first, second]) => dict([
-                ("state1", tensor(&first.codes)),
-                ("qmap1", qmap1.clone()),
-                ("state2", tensor(&second.codes)),
-                ("qmap2", qmap2.clone()),
-                ("absmax1", tensor(&first.absmax)),
-                ("absmax2", tensor(&second.absmax)),
-            ]),
-        };
-        dict([("step", Value::Int(s.step.double_value(&[]) as i64)), (QUANT_STATE, moments)])
-    };
-    state.params.iter().map(of_one).collect()
+/// Who wrote a checkpoint, and so what it tells.
+#[derive(Debug)]
+enum Origin {
+    /// bbt; with the configuration of its run.
+    Ours(Box<Config>),
+    /// The PyTorch original, or a trainer that writes as it does.
+    Original,
+    /// The original's file for inference, [`FAST_TERNARY`].
+    FastTernary,
+    /// Somebody who saved weights alone.
+    Weights,
 }
 
 /// A checkpoint that was opened: its tensors are still in the file.
 #[derive(Debug)]
 pub struct TrainingCheckpoint {
     path: PathBuf,
+    origin: Origin,
     model: ModelConfig,
     quant: QuantConfig,
     /// How far quantization had come in, 0 to 1.
     lambda: f64,
-    weights: BTreeMap<String, TensorData>,
+    weights: Weights,
     optimizer: Option<Value>,
     scaler: Option<ScalerState>,
-    completed: u64,
+    /// Steps done; none where the file does not say.
+    completed: Option<u64>,
     progress: Option<Progress>,
+    data: Option<String>,
+    /// The original's arguments, where it has them.
+    args: Option<Value>,
+    /// Whether it has a `scaler`, be it an empty one.
+    has_scaler: bool,
 }
 
 impl TrainingCheckpoint {
-    /// Opens a training checkpoint (`.pt`, of ours or the original's) or weights (`.safetensors`, of ours).
+    /// Opens a training checkpoint, of ours or the original's, or weights that say their model's shape. What a file is
+    /// its content says, not its name.
     ///
     /// # Errors
-    /// A file that is missing, damaged, of another model family, or says nothing of its model's shape.
+    /// A file that is missing, damaged, or of another model family; a value that bbt uses and cannot read; weights that
+    /// leave the number of heads open.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let checkpoint = if path.extension().is_some_and(|e| e == "safetensors") {
-            Self::from_safetensors(path)?
-        } else {
-            Self::from_value(path, torch_file::read(path)?)?
+        Self::open_given(path, &Given::default())
+    }
+
+    /// The same, and weights alone whose shapes and `given` say what the model is.
+    ///
+    /// # Errors
+    /// As [`TrainingCheckpoint::open`].
+    pub fn open_given(path: &Path, given: &Given) -> Result<Self, CheckpointError> {
+        let checkpoint = match Format::of(path)? {
+            Some(Format::Safetensors) => Self::from_safetensors(path, given)?,
+            // What is no checkpoint at all is refused there.
+            _ => Self::from_value(path, torch_file::read(path)?, given)?,
         };
-        checkpoint.check_weights()?;
+        state_dict::check(&checkpoint.weights, &checkpoint.model).map_err(|e| checkpoint.error(e))?;
         Ok(checkpoint)
     }
 
-    fn from_value(path: &Path, value: Value) -> Result<Self, CheckpointError> {
+    fn from_value(path: &Path, value: Value, given: &Given) -> Result<Self, CheckpointError> {
         let error = |message: String| CheckpointError::Content { path: path.into(), message };
-        let text = |key: &str| value.get(key).and_then(Value::as_str);
-        if value.get("model").is_none() {
-            return Err(error("has no `model`: this is no BitByteLM training checkpoint".into()));
+        if is_state_dict(&value) {
+            return Self::from_weights(path, weights_of(&value, "the file").map_err(error)?, given);
         }
-        match (text("model_family"), text("variant")) {
-            (Some(FAMILY) | None, Some("ar") | None) => {}
-            (family, variant) => {
-                return Err(error(format!(
-                    "is of model family {}, variant {}; bbt trains {FAMILY}, variant ar",
-                    family.unwrap_or("unknown"),
-                    variant.unwrap_or("unknown")
-                )));
-            }
-        }
-        let weights =
-            value.get("model").and_then(named_tensors).ok_or_else(|| error("`model` is not a state_dict".into()))?;
-        let ours = value.get("bbt");
-        let config = match ours.and_then(|o| o.get("config")).and_then(Value::as_str) {
-            Some(yaml) => {
-                Some(Config::from_yaml(yaml).map_err(|e| error(format!("its configuration cannot be read: {e}")))?)
-            }
+        let found = STATE_DICTS.iter().find_map(|key| Some((*key, value.get(key)?)));
+        let Some((key, model)) = found else {
+            return Err(error("has no `model`: this is no BitByteLM training checkpoint, nor a state_dict".into()));
+        };
+        let of_family = |key: &str, ours: &str| match text(&value, key).map_err(error)? {
+            None => Ok(()),
+            Some(theirs) if theirs == ours => Ok(()),
+            Some(theirs) => Err(error(format!("is of {key} {theirs}; bbt trains {FAMILY}, variant ar"))),
+        };
+        of_family("model_family", FAMILY)?;
+        of_family("variant", "ar")?;
+        let fast = match text(&value, "format").map_err(error)? {
+            None => false,
+            Some(FAST_TERNARY) => true,
+            Some(other) => return Err(error(format!("is of format {other}, which bbt does not read"))),
+        };
+        let weights = weights_of(model, key).map_err(error)?;
+        let ours = part(&value, "bbt").map_err(error)?;
+        let args = value.get("args").filter(|args| !args.is_none());
+        let config = match ours {
+            Some(ours) => Some(config_of(ours).map_err(error)?),
             None => None,
         };
-        let (model, quant, steps) = match config {
-            Some(config) => (config.model, config.quant, config.train.steps),
-            None => {
-                let (model, quant) = model_of_args(value.get("args")).map_err(error)?;
-                (model, quant, 0)
+        let (mut origin, model, mut quant) = match (config, args) {
+            (Some(config), _) => (Origin::Ours(Box::new(config.clone())), config.model, config.quant),
+            (None, Some(args)) => {
+                let (model, quant) = model_of_args(args, given).map_err(error)?;
+                (Origin::Original, model, quant)
+            }
+            (None, None) => {
+                let (model, quant) = model_of_weights(path, &weights, given)?;
+                (Origin::Weights, model, quant)
             }
         };
+        if fast {
+            origin = Origin::FastTernary;
+            (quant.weight, quant.act) = (WeightQuant::None, ActQuant::None);
+        }
         model.validate().map_err(|e| error(format!("its model is none that bbt can build: {e}")))?;
-        let progress: Option<Progress> = match ours.and_then(|o| o.get("progress")).and_then(Value::as_str) {
-            Some(json) => {
-                Some(serde_json::from_str(json).map_err(|e| error(format!("its progress cannot be read: {e}")))?)
-            }
+        let progress = match ours.map(|ours| text(ours, "progress")).transpose().map_err(error)?.flatten() {
+            Some(json) => Some(
+                serde_json::from_str::<Progress>(json)
+                    .map_err(|e| error(format!("its `bbt.progress` cannot be read: {e}")))?,
+            ),
             None => None,
+        };
+        let data = ours.map(|ours| text(ours, "data")).transpose().map_err(error)?.flatten().map(String::from);
+        let steps = match &origin {
+            Origin::Ours(config) => config.train.steps,
+            _ => 0,
         };
         let optimizer = value.get("opt").filter(|opt| !opt.is_none()).cloned();
-        // `step` is the last step done, but a checkpoint saved before the first has step 0, too: then no
-        // parameter has optimizer state.
-        let step = value.get("step").and_then(Value::as_i64).unwrap_or(0).max(0) as u64;
-        let untouched = optimizer.as_ref().and_then(|o| o.get("state")).is_some_and(|s| s.entries().is_empty());
+        // Weights of ours that belong to no run have step 0, too.
+        let of_no_run = ours.is_some() && progress.is_none();
+        let completed = if of_no_run { None } else { completed(&value, optimizer.as_ref()).map_err(error)? };
         Ok(Self {
             path: path.into(),
+            origin,
             model,
             quant,
             // Weights alone, of no run, count as a finished one's.
             lambda: progress.as_ref().map_or(1.0, |progress| quant.lambda(progress.completed, steps)),
             weights,
             optimizer,
-            scaler: value.get("scaler").and_then(scaler_state),
-            completed: if untouched { step } else { step.saturating_add(1) },
+            scaler: scaler_state(&value).map_err(error)?,
+            completed,
             progress,
+            data,
+            args: args.cloned(),
+            has_scaler: value.get("scaler").is_some(),
         })
     }
 
-    fn from_safetensors(path: &Path) -> Result<Self, CheckpointError> {
+    fn from_safetensors(path: &Path, given: &Given) -> Result<Self, CheckpointError> {
         let error = |message: String| CheckpointError::Content { path: path.into(), message };
         let (tensors, metadata) = safetensors_file::read(path)?;
-        let yaml = metadata.get("bbt").ok_or_else(|| {
-            error("says nothing of its model's shape (metadata key `bbt`): write it with `bbt convert`".into())
-        })?;
+        let Some(yaml) = metadata.get("bbt") else {
+            return Self::from_weights(path, without_prefix(tensors), given);
+        };
         let config = Config::from_yaml(yaml).map_err(|e| error(format!("its configuration cannot be read: {e}")))?;
         config.model.validate().map_err(|e| error(format!("its model is none that bbt can build: {e}")))?;
-        Ok(Self {
+        let (model, quant) = (config.model.clone(), config.quant);
+        Ok(Self::of_weights(path, Origin::Ours(Box::new(config)), model, quant, tensors))
+    }
+
+    /// Weights that say nothing of their model but their shapes.
+    fn from_weights(path: &Path, weights: Weights, given: &Given) -> Result<Self, CheckpointError> {
+        let (model, quant) = model_of_weights(path, &weights, given)?;
+        Ok(Self::of_weights(path, Origin::Weights, model, quant, weights))
+    }
+
+    fn of_weights(path: &Path, origin: Origin, model: ModelConfig, quant: QuantConfig, weights: Weights) -> Self {
+        Self {
             path: path.into(),
-            model: config.model,
-            quant: config.quant,
+            origin,
+            model,
+            quant,
             lambda: 1.0,
-            weights: tensors,
+            weights,
             optimizer: None,
             scaler: None,
-            completed: 0,
+            completed: None,
             progress: None,
-        })
+            data: None,
+            args: None,
+            has_scaler: false,
+        }
     }
 
-    /// Sees that the weights are exactly those that the model has.
-    fn check_weights(&self) -> Result<(), CheckpointError> {
-        let names = parameter_names(&self.model);
-        let mut missing: Vec<&str> =
-            names.iter().filter(|n| !self.weights.contains_key(*n)).map(String::as_str).collect();
-        let mut unexpected: Vec<&str> =
-            self.weights.keys().map(String::as_str).filter(|n| *n != HEAD && !names.iter().any(|m| m == n)).collect();
-        missing.sort_unstable();
-        unexpected.sort_unstable();
-        if !missing.is_empty() || !unexpected.is_empty() {
-            let list = |what: &str, names: &[&str]| match names {
-                [] => String::new(),
-                [first, rest @ ..] => format!(
-                    "; {what} {first}{}",
-                    if rest.is_empty() { "".into() } else { format!(" and {} more", rest.len()) }
-                ),
-            };
+    /// Sees that a run can start from the weights.
+    ///
+    /// # Errors
+    /// Weights that are ternary already, or not finite.
+    pub fn check_trainable(&self) -> Result<(), CheckpointError> {
+        if matches!(self.origin, Origin::FastTernary) {
             return Err(self.error(format!(
-                "its weights are not those of its model{}{}",
-                list("missing", &missing),
-                list("unexpected", &unexpected)
+                "is a file for inference ({FAST_TERNARY}): what training needs of its weights was rounded away; start                  from the checkpoint that it was made of"
             )));
         }
-        if let (Some(head), Some(embedding)) = (self.weights.get(HEAD), self.weights.get(EMBEDDING)) {
-            let tied = Arc::ptr_eq(&head.storage, &embedding.storage)
-                || (head.shape == embedding.shape && head.contiguous_bytes() == embedding.contiguous_bytes());
-            if !tied {
-                return Err(self.error(format!("{HEAD} differs from {EMBEDDING}, but BitByteLM ties them")));
-            }
-        }
-        for (name, shape) in names.iter().zip(parameter_shapes(&self.model)) {
-            let found = &self.weights[name].shape;
-            if found.iter().map(|&n| n as i64).ne(shape.iter().copied()) {
-                return Err(self.error(format!("{name} has shape {found:?}, but its model's is {shape:?}")));
-            }
-        }
-        Ok(())
+        self.check_finite()
     }
 
-    fn error(&self, message: String) -> CheckpointError {
+    /// Sees that the checkpoint can be resumed.
+    ///
+    /// # Errors
+    /// One that does not say how far its run had come.
+    pub fn check_resumable(&self) -> Result<(), CheckpointError> {
+        match (self.completed, &self.progress) {
+            (None, None) => Err(self.error(
+                "does not say how far its run had come (it has no `step`): --init starts at step 0 with its weights"
+                    .into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sees that every weight is finite.
+    fn check_finite(&self) -> Result<(), CheckpointError> {
+        let mut bad = vec![];
+        let (mut broken, mut total) = (0, 0);
+        for name in parameter_names(&self.model) {
+            let Some(data) = self.weights.get(&name) else { continue };
+            let tensor = to_tensor(data).map_err(|e| self.error(format!("{name}: {e}")))?;
+            let finite = i64::try_from(tensor.isfinite().sum(Kind::Int64)).unwrap_or(0);
+            total += data.numel() as i64;
+            if finite < data.numel() as i64 {
+                broken += data.numel() as i64 - finite;
+                bad.push(name);
+            }
+        }
+        match &bad[..] {
+            [] => Ok(()),
+            [first, rest @ ..] => {
+                let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+                Err(self.error(format!(
+                    "{broken} of its {total} weights are not finite, in {first}{more}: go back to an earlier checkpoint"
+                )))
+            }
+        }
+    }
+
+    /// Whether the file holds weights that say nothing of their model, so that it was [`Given`].
+    pub fn is_weights_alone(&self) -> bool {
+        matches!(self.origin, Origin::Weights)
+    }
+
+    /// Whether bbt wrote it.
+    pub fn is_ours(&self) -> bool {
+        matches!(self.origin, Origin::Ours(_))
+    }
+
+    /// How its run trained, as far as it tells.
+    pub fn rule(&self) -> Rule {
+        match &self.origin {
+            Origin::Ours(config) if self.progress.is_some() => rule_of(config),
+            Origin::Original => {
+                let groups = self.groups().unwrap_or_default();
+                let numbers: Vec<_> = groups.iter().filter_map(|group| group.numbers().ok()).collect();
+                let has_scaler = self.has_scaler.then_some(self.scaler.is_some());
+                original_rule(has_scaler, self.args.as_ref(), &numbers)
+            }
+            _ => vec![],
+        }
+    }
+
+    /// What tells the bytes that it was trained on from others; none where it does not say.
+    pub fn data(&self) -> Option<&str> {
+        self.data.as_deref()
+    }
+
+    pub(super) fn optimizer(&self) -> Option<&Value> {
+        self.optimizer.as_ref()
+    }
+
+    /// Steps done, 0 where the file does not say.
+    pub(super) fn completed(&self) -> u64 {
+        self.completed.unwrap_or(0)
+    }
+
+    pub(super) fn error(&self, message: String) -> CheckpointError {
         CheckpointError::Content { path: self.path.clone(), message }
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The weights by PyTorch's names, as they are in the file.
-    pub fn weights(&self) -> &BTreeMap<String, TensorData> {
+    pub fn weights(&self) -> &std::collections::BTreeMap<String, TensorData> {
         &self.weights
     }
 
@@ -363,7 +425,7 @@ impl TrainingCheckpoint {
     /// How far its run had come. A checkpoint of the original does not say where in the data it was:
     /// reading starts anew.
     pub fn progress(&self) -> Progress {
-        self.progress.clone().unwrap_or(Progress { completed: self.completed, ..Progress::default() })
+        self.progress.clone().unwrap_or(Progress { completed: self.completed(), ..Progress::default() })
     }
 
     /// Copies the weights to the parameters of `vs`, which must be those of [`BitByteLM`].
@@ -377,7 +439,9 @@ impl TrainingCheckpoint {
             let Some(variable) = variables.get_mut(&name) else { continue };
             let data = self.weights.get(&name).ok_or_else(|| self.error(format!("has no {name}")))?;
             let size = variable.size();
-            if data.dtype() != Dtype::F32 {
+            let half = matches!(data.dtype(), Dtype::F16 | Dtype::BF16);
+            let fits = data.dtype() == Dtype::F32 || (half && matches!(self.origin, Origin::FastTernary));
+            if !fits {
                 return Err(self.error(format!(
                     "{name} is {:?}, but bbt trains fp32: `bbt convert IN OUT --dtype fp32` makes it so",
                     data.dtype()
@@ -387,180 +451,25 @@ impl TrainingCheckpoint {
         }
         Ok(())
     }
-
-    /// Whose state the checkpoint holds; `torch.optim.AdamW`'s where it is not seen to be bitsandbytes'.
-    fn optimizer_name(&self) -> OptimizerName {
-        let state = self.optimizer.as_ref().and_then(|opt| opt.get("state")).map(Value::entries).unwrap_or_default();
-        let bitsandbytes = |entry: &Value| entry.get(QUANT_STATE).or(entry.get("state1")).is_some();
-        match state.iter().any(|(_, entry)| bitsandbytes(entry)) {
-            true => OptimizerName::AdamW8bit,
-            false => OptimizerName::AdamW,
-        }
-    }
-
-    /// Copies the optimizer's state to `optimizer`, one per parameter in PyTorch's order.
-    ///
-    /// # Errors
-    /// No state in it, that of another optimizer, or of other parameters.
-    pub fn load_optimizer(&self, optimizer: &mut OptimizerState) -> Result<(), CheckpointError> {
-        let Some(opt) = &self.optimizer else {
-            return Err(self.error(format!("has no optimizer state (`opt`): {WITHOUT_STATE}")));
-        };
-        let state = opt.get("state").map(Value::entries).unwrap_or_default();
-        if state.is_empty() && self.completed == 0 {
-            return Ok(());
-        }
-        let numbers: Vec<i64> = opt
-            .get("param_groups")
-            .map(Value::elements)
-            .unwrap_or_default()
-            .iter()
-            .flat_map(|group| group.get("params").map(Value::elements).unwrap_or_default())
-            .filter_map(Value::as_i64)
-            .collect();
-        if numbers.len() != optimizer.len() {
-            let (has, needs) = (numbers.len(), optimizer.len());
-            return Err(
-                self.error(format!("its optimizer has {has} parameters, but the model has {needs}: {WITHOUT_STATE}"))
-            );
-        }
-        if self.optimizer_name() != optimizer.name() {
-            let (has, wants, other) = match optimizer.name() {
-                OptimizerName::AdamW => ("bitsandbytes' AdamW8bit", "AdamW", "adamw8bit"),
-                OptimizerName::AdamW8bit => ("AdamW", "AdamW8bit", "adamw"),
-            };
-            return Err(self.error(format!(
-                "its optimizer is {has}, not {wants}: go on with --set optim.name={other}, or make it {wants}'s with \
-                 `bbt convert IN OUT --optim {}`; or {WITHOUT_STATE}",
-                wants.to_lowercase()
-            )));
-        }
-        let names = parameter_names(&self.model);
-        let by_number: HashMap<i64, &Value> = state.iter().filter_map(|(k, v)| Some((k.as_i64()?, v))).collect();
-        let entries = numbers.iter().zip(&names).map(|(number, name)| {
-            let entry = by_number.get(number).ok_or_else(|| {
-                self.error(format!("its optimizer has no state for parameter {number} ({name}): {WITHOUT_STATE}"))
-            })?;
-            Ok::<_, CheckpointError>((name, *entry))
-        });
-        let _no_grad = tch::no_grad_guard();
-        match optimizer {
-            OptimizerState::AdamW(state) => {
-                for (to, entry) in state.iter_mut().zip(entries) {
-                    let (name, entry) = entry?;
-                    self.copy_field(&mut to.step, entry, "step", name)?;
-                    self.copy_field(&mut to.exp_avg, entry, "exp_avg", name)?;
-                    self.copy_field(&mut to.exp_avg_sq, entry, "exp_avg_sq", name)?;
-                }
-            }
-            OptimizerState::AdamW8bit(state) => {
-                let mut qmaps = state.qmaps().map(Tensor::copy);
-                for (to, entry) in state.params.iter_mut().zip(entries) {
-                    let (name, entry) = entry?;
-                    self.copy_adamw8bit(to, entry, &mut qmaps, name)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Of the parameter `name`.
-    fn copy_adamw8bit(
-        &self,
-        to: &mut AdamW8bitState,
-        entry: &Value,
-        qmaps: &mut [Tensor; 2],
-        name: &str,
-    ) -> Result<(), CheckpointError> {
-        let step = entry
-            .get("step")
-            .and_then(Value::as_i64)
-            .ok_or_else(|| self.error(format!("its optimizer has no step for {name}: {WITHOUT_STATE}")))?;
-        let _ = to.step.fill_(step as f64);
-        // Before 0.49 bitsandbytes put all side by side.
-        let kept = entry.get(QUANT_STATE).unwrap_or(entry);
-        match &mut to.moments {
-            Moments::Full(moments) => {
-                for (moment, key) in moments.iter_mut().zip(["state1", "state2"]) {
-                    self.copy_field(moment, kept, key, name)?;
-                }
-            }
-            Moments::Quantized(moments) => {
-                let keys = [["state1", "absmax1", "qmap1"], ["state2", "absmax2", "qmap2"]];
-                for ((moment, qmap), [codes, absmax, map]) in moments.iter_mut().zip(qmaps).zip(keys) {
-                    self.copy_field(&mut moment.codes, kept, codes, name)?;
-                    self.copy_field(&mut moment.absmax, kept, absmax, name)?;
-                    let ours = qmap.copy();
-                    self.copy_field(qmap, kept, map, name)?;
-                    if !qmap.equal(&ours) {
-                        return Err(self.error(format!(
-                            "its optimizer's {map} of {name} is not bitsandbytes' dynamic map: {WITHOUT_STATE}"
-                        )));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies a field of the optimizer's state of parameter `name`.
-    fn copy_field(&self, to: &mut Tensor, entry: &Value, key: &str, name: &str) -> Result<(), CheckpointError> {
-        let (dtype, words) = if to.kind() == Kind::Uint8 { (Dtype::U8, "uint8") } else { (Dtype::F32, "fp32") };
-        let data = match entry.get(key) {
-            Some(Value::Tensor(data)) if data.dtype() == dtype => data,
-            Some(Value::Tensor(_)) => {
-                return Err(self.error(format!("its optimizer's {key} of {name} is not {words}: {WITHOUT_STATE}")));
-            }
-            _ => {
-                return Err(
-                    self.error(format!("its optimizer has no {key} for {name}, so it is no AdamW: {WITHOUT_STATE}"))
-                );
-            }
-        };
-        to.copy_(&self.tensor(&format!("{key} of {name}"), data, &to.size())?);
-        Ok(())
-    }
-
-    /// What the optimizer's first group of parameters says of `key`.
-    fn group(&self, key: &str) -> Option<&Value> {
-        self.optimizer.as_ref()?.get("param_groups")?.elements().first()?.get(key)
-    }
-
-    /// The checkpoint's `opt` with its moments as `name` keeps them.
-    ///
-    /// # Errors
-    /// As [`TrainingCheckpoint::load_optimizer`]; a group without its numbers.
-    pub(super) fn converted_optimizer(&self, name: OptimizerName) -> Result<Value, CheckpointError> {
-        let mut state = OptimizerState::zeros(self.optimizer_name(), &parameter_shapes(&self.model), Device::Cpu);
-        self.load_optimizer(&mut state)?;
-        let betas = self.group("betas").map(Value::elements).unwrap_or_default();
-        let number = |value: Option<&Value>, key: &str| {
-            value.and_then(Value::as_f64).ok_or_else(|| self.error(format!("its optimizer has no number `{key}`")))
-        };
-        let group = Group {
-            lr: number(self.group("lr"), "lr")?,
-            betas: (number(betas.first(), "betas")?, number(betas.get(1), "betas")?),
-            eps: number(self.group("eps"), "eps")?,
-            weight_decay: number(self.group("weight_decay"), "weight_decay")?,
-        };
-        Ok(optimizer_value(&state.converted(name), self.completed > 0, group))
-    }
-
-    /// A CPU tensor with a copy of `data`, which must have shape `size`.
-    fn tensor(&self, name: &str, data: &TensorData, size: &[i64]) -> Result<Tensor, CheckpointError> {
-        if data.shape.iter().map(|&n| n as i64).ne(size.iter().copied()) {
-            return Err(self.error(format!("{name} has shape {:?}, but {size:?} is needed", data.shape)));
-        }
-        to_tensor(data).map_err(|e| self.error(format!("{name}: {e}")))
-    }
 }
 
 /// The model of the checkpoint at `path` with its parameters on `device`, quantized as far as its run was.
 ///
 /// # Errors
-/// As [`TrainingCheckpoint::open`].
+/// As [`TrainingCheckpoint::open`]; weights that are not finite.
 pub fn load_model(path: &Path, device: Device) -> Result<(nn::VarStore, BitByteLM), CheckpointError> {
-    let checkpoint = TrainingCheckpoint::open(path)?;
+    build_model(&TrainingCheckpoint::open(path)?, device)
+}
+
+/// The model of an open checkpoint with its parameters on `device`, quantized as far as its run was.
+///
+/// # Errors
+/// Weights that are neither fp32 nor finite.
+pub fn build_model(
+    checkpoint: &TrainingCheckpoint,
+    device: Device,
+) -> Result<(nn::VarStore, BitByteLM), CheckpointError> {
+    checkpoint.check_finite()?;
     let mut vs = nn::VarStore::new(Device::Cpu);
     let mut model = BitByteLM::new(&vs.root(), &checkpoint.model, &checkpoint.quant);
     model.set_quantization(checkpoint.lambda);
@@ -576,159 +485,93 @@ pub fn load_model(path: &Path, device: Device) -> Result<(nn::VarStore, BitByteL
 /// # Errors
 /// As [`TrainingCheckpoint::open`].
 pub fn load_for_inference(path: &Path, device: Device) -> Result<BitByteLM, CheckpointError> {
+    build_for_inference(&TrainingCheckpoint::open(path)?, device)
+}
+
+/// The same of an open checkpoint.
+///
+/// # Errors
+/// As [`build_model`].
+pub fn build_for_inference(checkpoint: &TrainingCheckpoint, device: Device) -> Result<BitByteLM, CheckpointError> {
     // The store, which holds the trained weights, is gone before any is quantized.
-    let mut model = load_model(path, device)?.1;
+    let mut model = build_model(checkpoint, device)?.1;
     model.freeze();
     Ok(model)
 }
 
 /// A checkpoint of weights alone, from which a run can start (`--init`).
-pub(super) fn model_checkpoint(config: &Config, mut weights: BTreeMap<String, TensorData>) -> Value {
+pub(super) fn model_checkpoint(config: &Config, mut weights: Weights) -> Value {
     let names = parameter_names(&config.model).into_iter();
     let weights = names.filter_map(|name| weights.remove(&name).map(|data| (name, data)));
     dict([
         ("step", Value::Int(0)),
         ("variant", str("ar")),
         ("model_family", str(FAMILY)),
-        ("model", state_dict(&config.model, weights.collect())),
+        ("model", state_dict::state_dict(&config.model, weights.collect())),
         ("args", args(config)),
-        ("bbt", dict([("version", Value::Int(1)), ("config", str(&config.to_yaml()))])),
+        ("bbt", dict([("version", Value::Int(VERSION)), ("config", str(&config.to_yaml()))])),
     ])
 }
 
-/// The names of the parameters in PyTorch's order.
-pub(crate) fn parameter_names(model: &ModelConfig) -> Vec<String> {
-    parameters(model).into_iter().map(|(name, _)| name).collect()
-}
-
-fn parameter_shapes(model: &ModelConfig) -> Vec<Vec<i64>> {
-    parameters(model).into_iter().map(|(_, shape)| shape).collect()
-}
-
-/// Names and shapes of the parameters in PyTorch's order.
-fn parameters(model: &ModelConfig) -> Vec<(String, Vec<i64>)> {
-    let (d, f, kv) = (model.d_model, model.d_ff, model.kv_heads() * model.head_dim());
-    let mut all = vec![(EMBEDDING.to_string(), vec![VOCAB_SIZE, d])];
-    for i in 0..model.n_layer {
-        let layer = [
-            ("n1", vec![d]),
-            ("attn.q_proj", vec![d, d]),
-            ("attn.k_proj", vec![kv, d]),
-            ("attn.v_proj", vec![kv, d]),
-            ("attn.o_proj", vec![d, d]),
-            ("n2", vec![d]),
-            ("mlp.gate_up", vec![2 * f, d]),
-            ("mlp.down", vec![d, f]),
-        ];
-        all.extend(layer.map(|(name, shape)| (format!("blocks.{i}.{name}.weight"), shape)));
-    }
-    all.push(("norm_f.weight".into(), vec![d]));
-    all
-}
-
-/// The OrderedDict that `module.state_dict()` returns, with the versions of the original's modules.
-fn state_dict(model: &ModelConfig, weights: Vec<(String, TensorData)>) -> Value {
-    let mut items: Vec<(Value, Value)> = weights.into_iter().map(|(n, t)| (str(&n), Value::Tensor(t))).collect();
-    if let Some((_, embedding)) = items.first().cloned() {
-        items.push((str(HEAD), embedding));
-    }
-    let mut modules: Vec<String> = ["", "tok_emb", "blocks"].map(String::from).into();
-    for i in 0..model.n_layer {
-        let parts = [
-            "",
-            ".n1",
-            ".attn",
-            ".attn.q_proj",
-            ".attn.k_proj",
-            ".attn.v_proj",
-            ".attn.o_proj",
-            ".attn.rope",
-            ".n2",
-            ".mlp",
-            ".mlp.gate_up",
-            ".mlp.down",
-            ".mlp.act",
-        ];
-        modules.extend(parts.map(|part| format!("blocks.{i}{part}")));
-    }
-    modules.extend(["norm_f", "lm_head"].map(String::from));
-    let metadata = modules.iter().map(|m| (str(m), dict([("version", Value::Int(1))]))).collect();
-    Value::OrderedDict {
-        items,
-        attributes: vec![("_metadata".into(), Value::OrderedDict { items: metadata, attributes: vec![] })],
-    }
-}
-
-/// The original's command-line arguments, from our configuration.
-fn args(config: &Config) -> Value {
-    let (model, data, optim, train) = (&config.model, &config.data, &config.optim, &config.train);
-    let optional = |value: Option<i64>| value.map_or(Value::None, Value::Int);
-    let longest = data.max_seq_len();
-    let cap = (data.curriculum.is_some() && longest < UNCAPPED).then_some(longest);
-    dict([
-        ("n_layer", Value::Int(model.n_layer)),
-        ("d_model", Value::Int(model.d_model)),
-        ("n_head", Value::Int(model.n_head)),
-        ("n_kv_head", optional(model.n_kv_head)),
-        ("d_ff", Value::Int(model.d_ff)),
-        ("data", str(&data.train)),
-        ("out", str(&train.out.to_string_lossy())),
-        ("steps", int(train.steps)),
-        ("lr", Value::Float(optim.lr)),
-        ("wd", Value::Float(optim.weight_decay)),
-        ("warmup_frac", Value::Float(optim.warmup_frac)),
-        ("warmup_steps", optim.warmup_steps.map_or(Value::None, int)),
-        (
-            "lr_schedule",
-            str(match optim.schedule {
-                Schedule::Cosine => "cosine",
-                Schedule::Constant => "constant",
-                // None of the original's.
-                Schedule::Wsd => "wsd",
-                Schedule::TwoStage => "two_stage",
-            }),
-        ),
-        ("lr_min_factor", Value::Float(optim.min_lr_factor)),
-        ("grad_clip", Value::Float(optim.grad_clip)),
-        ("batch_size", Value::Int(train.batch_size)),
-        ("grad_accum", Value::Int(train.grad_accum)),
-        ("seq_len", if data.curriculum.is_some() { Value::None } else { Value::Int(longest) }),
-        ("seq_len_cap", optional(cap)),
-        ("resume", Value::None),
-        ("no_opt_state", Value::Bool(false)),
-        ("ddp", Value::Bool(false)),
-        ("use_sdpa", Value::Bool(model.attention != Attention::Math)),
-        ("no_ckpt", Value::Bool(!train.checkpointing)),
-        ("no_act_quant", Value::Bool(config.quant.act == ActQuant::None)),
-        ("log_every", int(train.log_every)),
-        ("save_every", int(train.save_every)),
-        ("allow_overwrite", Value::Bool(false)),
-        ("model_family", str(FAMILY)),
-    ])
-}
-
-/// The model that the original's arguments describe.
-fn model_of_args(args: Option<&Value>) -> Result<(ModelConfig, QuantConfig), String> {
-    let args = args.ok_or("has no `args`, which say the model's shape")?;
-    let number = |key: &str| {
-        args.get(key)
-            .and_then(Value::as_i64)
-            .ok_or_else(|| format!("its `args` have no number `{key}`, part of the model's shape"))
+/// The model that `weights` are of, as their shapes and `given` say.
+fn model_of_weights(
+    path: &Path,
+    weights: &Weights,
+    given: &Given,
+) -> Result<(ModelConfig, QuantConfig), CheckpointError> {
+    let error = |message: String| CheckpointError::Content { path: path.into(), message };
+    let shape = WeightsShape::of(weights).map_err(error)?;
+    let Some(n_head) = given.n_head else {
+        return Err(CheckpointError::Heads { path: path.into(), shape });
     };
-    let sdpa = args.get("use_sdpa").and_then(Value::as_bool).unwrap_or(true);
-    let model = ModelConfig {
-        n_layer: number("n_layer")?,
-        d_model: number("d_model")?,
-        n_head: number("n_head")?,
-        n_kv_head: args.get("n_kv_head").and_then(Value::as_i64),
-        d_ff: number("d_ff")?,
-        attention: if sdpa { Attention::Sdpa } else { Attention::Math },
-        ..ModelConfig::default()
+    let model = ModelConfig { attention: Attention::Sdpa, ..shape.model(n_head).map_err(error)? };
+    model.validate().map_err(|e| error(format!("its model is none that bbt can build: {e}")))?;
+    Ok((model, its_arithmetic(given.act.unwrap_or(ActQuant::Int8))))
+}
+
+/// The dict under `key`; none where there is none.
+fn part<'a>(value: &'a Value, key: &str) -> Result<Option<&'a Value>, String> {
+    match value.get(key) {
+        None | Some(Value::None) => Ok(None),
+        Some(found @ (Value::Dict(_) | Value::OrderedDict { .. })) => Ok(Some(found)),
+        Some(other) => Err(format!("its `{key}` is no dict but of type {}", other.type_name())),
+    }
+}
+
+/// The text under `key`; none where there is none.
+fn text<'a>(value: &'a Value, key: &str) -> Result<Option<&'a str>, String> {
+    match value.get(key) {
+        None | Some(Value::None) => Ok(None),
+        Some(Value::Str(text)) => Ok(Some(text)),
+        Some(other) => Err(format!("its `{key}` is no text but of type {}", other.type_name())),
+    }
+}
+
+/// The configuration of our run, from the key `bbt`.
+fn config_of(ours: &Value) -> Result<Config, String> {
+    match ours.get("version") {
+        Some(Value::Int(VERSION)) => {}
+        Some(Value::Int(newer)) if *newer > VERSION => {
+            return Err(format!("was written by a later bbt (`bbt.version` {newer}): use that one"));
+        }
+        _ => return Err("its `bbt.version` is missing or no number that bbt has used".into()),
+    }
+    let yaml = text(ours, "config")?.ok_or("its `bbt` has no `config`")?;
+    Config::from_yaml(yaml).map_err(|e| format!("its configuration cannot be read: {e}"))
+}
+
+/// Steps done, from `step`, the last one counted from 0; none without the key.
+fn completed(value: &Value, optimizer: Option<&Value>) -> Result<Option<u64>, String> {
+    let Some(step) = value.get("step").filter(|step| !step.is_none()) else { return Ok(None) };
+    let step = match step.whole_number() {
+        // Some count from here before the first.
+        Some(-1) => return Ok(Some(0)),
+        Some(step) => u64::try_from(step).map_err(|_| format!("its `step` is {step}, which is no step"))?,
+        None => return Err(format!("its `step` is no whole number but of type {}", step.type_name())),
     };
-    let full_precision = args.get("no_act_quant").and_then(Value::as_bool).unwrap_or(false);
-    let act = if full_precision { ActQuant::None } else { ActQuant::Int8 };
-    // Its arithmetic, to the last code; training goes on with what the run's configuration says.
-    Ok((model, QuantConfig { act, kernel: QuantKernel::Reference, ..QuantConfig::default() }))
+    // A checkpoint saved before the first step has step 0, too: then no parameter has optimizer state.
+    let untouched = optimizer.and_then(|o| o.get("state")).is_some_and(|s| s.entries().is_empty());
+    Ok(Some(if untouched { step } else { step.saturating_add(1) }))
 }
 
 fn scaler_value(state: ScalerState) -> Value {
@@ -742,23 +585,24 @@ fn scaler_value(state: ScalerState) -> Value {
 }
 
 /// None where the run had no scaler: then the dict is empty.
-fn scaler_state(value: &Value) -> Option<ScalerState> {
-    Some(ScalerState {
-        scale: value.get("scale")?.as_f64()?,
-        growth_factor: value.get("growth_factor")?.as_f64()?,
-        backoff_factor: value.get("backoff_factor")?.as_f64()?,
-        growth_interval: value.get("growth_interval")?.as_i64()?,
-        growth_tracker: value.get("_growth_tracker")?.as_i64()?,
-    })
-}
-
-/// The entries of a state_dict whose values are tensors; none where one is not.
-fn named_tensors(value: &Value) -> Option<BTreeMap<String, TensorData>> {
-    let entries = value.entries().iter().map(|(name, value)| match value {
-        Value::Tensor(data) => Some((name.as_str()?.to_string(), data.clone())),
-        _ => None,
-    });
-    entries.collect()
+fn scaler_state(value: &Value) -> Result<Option<ScalerState>, String> {
+    let Some(scaler) = part(value, "scaler")?.filter(|scaler| !scaler.entries().is_empty()) else { return Ok(None) };
+    let field = |key: &str| scaler.get(key).ok_or_else(|| format!("its `scaler` has no `{key}`"));
+    let factor = |key: &str| match field(key)?.number() {
+        Some(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err(format!("`{key}` of its `scaler` is no number above 0")),
+    };
+    let count = |key: &str| match field(key)?.whole_number() {
+        Some(number) if number >= 0 => Ok(number),
+        _ => Err(format!("`{key}` of its `scaler` is no count")),
+    };
+    Ok(Some(ScalerState {
+        scale: factor("scale")?,
+        growth_factor: factor("growth_factor")?,
+        backoff_factor: factor("backoff_factor")?,
+        growth_interval: count("growth_interval")?,
+        growth_tracker: count("_growth_tracker")?,
+    }))
 }
 
 /// A libtorch tensor's values as a checkpoint's, without a copy where it lies on the CPU.
@@ -794,14 +638,14 @@ pub(super) fn to_tensor(data: &TensorData) -> Result<Tensor, tch::TchError> {
     Tensor::f_from_data_size(&data.contiguous_bytes(), &shape, kind)
 }
 
-fn dict<const N: usize>(entries: [(&str, Value); N]) -> Value {
+pub(super) fn dict<const N: usize>(entries: [(&str, Value); N]) -> Value {
     Value::Dict(entries.into_iter().map(|(key, value)| (str(key), value)).collect())
 }
 
-fn str(text: &str) -> Value {
+pub(super) fn str(text: &str) -> Value {
     Value::Str(text.into())
 }
 
-fn int(value: u64) -> Value {
+pub(super) fn int(value: u64) -> Value {
     Value::Int(i64::try_from(value).unwrap_or(i64::MAX))
 }

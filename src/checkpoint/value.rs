@@ -138,6 +138,15 @@ impl TensorData {
         (inside && numel <= storage.len()).then_some(Self { storage, offset, shape, strides, requires_grad: false })
     }
 
+    /// Whether such a view lies within its storage, but counts elements more than once (`tensor.expand`).
+    pub(super) fn is_expanded(storage: &Storage, offset: usize, shape: &[usize], strides: &[usize]) -> bool {
+        let last = shape
+            .iter()
+            .zip(strides)
+            .try_fold(offset, |last, (&size, &stride)| last.checked_add(size.saturating_sub(1).checked_mul(stride)?));
+        shape.len() == strides.len() && strides.contains(&0) && last.is_some_and(|last| last < storage.len())
+    }
+
     /// Element type.
     pub fn dtype(&self) -> Dtype {
         self.storage.dtype
@@ -146,6 +155,29 @@ impl TensorData {
     /// Number of elements.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The one element of a tensor of one element, as an int or a float.
+    fn item(&self) -> Option<Value> {
+        if self.numel() != 1 {
+            return None;
+        }
+        let bytes = self.contiguous_bytes();
+        let bytes = bytes.as_ref();
+        Some(match self.dtype() {
+            Dtype::F32 => Value::Float(f32::from_le_bytes(bytes.try_into().ok()?).into()),
+            Dtype::F64 => Value::Float(f64::from_le_bytes(bytes.try_into().ok()?)),
+            Dtype::BF16 => {
+                let bits = u16::from_le_bytes(bytes.try_into().ok()?);
+                Value::Float(f32::from_bits(u32::from(bits) << 16).into())
+            }
+            Dtype::I64 => Value::Int(i64::from_le_bytes(bytes.try_into().ok()?)),
+            Dtype::I32 => Value::Int(i32::from_le_bytes(bytes.try_into().ok()?).into()),
+            Dtype::I16 => Value::Int(i16::from_le_bytes(bytes.try_into().ok()?).into()),
+            Dtype::I8 => Value::Int(i8::from_le_bytes(bytes.try_into().ok()?).into()),
+            Dtype::U8 => Value::Int(bytes[0].into()),
+            Dtype::F16 | Dtype::Bool => return None,
+        })
     }
 
     /// The elements' bytes row by row, copied only where they do not lie so.
@@ -223,6 +255,9 @@ pub enum Value {
     },
     /// torch.Tensor
     Tensor(TensorData),
+    /// A value of a type that bbt has no use for (a set, a sparse tensor, an int of more than 64 bits): its type in
+    /// words. It can be passed over, but not written.
+    Opaque(&'static str),
 }
 
 impl Value {
@@ -284,6 +319,43 @@ impl Value {
         match self {
             Self::Bool(value) => Some(*value),
             _ => None,
+        }
+    }
+
+    /// A whole number, however it was saved: an int, a float without a fraction, or a tensor of one such element.
+    pub fn whole_number(&self) -> Option<i64> {
+        match self {
+            Self::Int(number) => Some(*number),
+            Self::Tensor(tensor) => tensor.item()?.whole_number(),
+            // Beyond 2^53 floats do not tell neighbours apart.
+            Self::Float(x) if x.fract() == 0.0 && x.abs() <= (1u64 << 53) as f64 => Some(*x as i64),
+            _ => None,
+        }
+    }
+
+    /// A number, however it was saved: a float, an int, or a tensor of one element.
+    pub fn number(&self) -> Option<f64> {
+        match self {
+            Self::Tensor(tensor) => tensor.item()?.as_f64(),
+            _ => self.as_f64(),
+        }
+    }
+
+    /// Its type, as Python calls it.
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::None => "None",
+            Self::Bool(_) => "bool",
+            Self::Int(_) => "int",
+            Self::Float(_) => "float",
+            Self::Str(_) => "str",
+            Self::Bytes(_) => "bytes",
+            Self::List(_) => "list",
+            Self::Tuple(_) => "tuple",
+            Self::Dict(_) => "dict",
+            Self::OrderedDict { .. } => "OrderedDict",
+            Self::Tensor(_) => "tensor",
+            Self::Opaque(name) => name,
         }
     }
 

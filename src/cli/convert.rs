@@ -16,7 +16,8 @@ use crate::config::OptimizerName;
 ///   bbt convert runs/tiny/ckpt.pt runs/small/ckpt.pt --optim adamw8bit
 ///
 /// .safetensors holds the weights and, as metadata, the model's configuration; so does a .pt made
-/// from it: start from it with --init. A .pt made from a .pt keeps everything.
+/// from it: start from it with --init. A .pt made from a .pt keeps everything. Weights alone (a state_dict,
+/// or .safetensors by others) become a checkpoint that says its model's shape.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -32,6 +33,8 @@ pub struct Args {
     /// Make the optimizer's moments those of another [optim.name]: rounded to 8 bits, or fp32
     #[arg(long, value_enum)]
     optim: Option<Optim>,
+    #[command(flatten)]
+    model: super::ModelArgs,
     /// Replace OUT where it exists
     #[arg(long)]
     allow_overwrite: bool,
@@ -63,7 +66,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Optim::Adamw => OptimizerName::AdamW,
         Optim::Adamw8bit => OptimizerName::AdamW8bit,
     });
-    convert(&args.input, &args.output, dtype, optim)?;
+    let checkpoint = args.model.open(&args.input)?;
+    for name in convert(&checkpoint, &args.output, dtype, optim)? {
+        eprintln!("left out {name}: bbt cannot write it");
+    }
     eprintln!("wrote {}", args.output.display());
     Ok(())
 }

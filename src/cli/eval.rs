@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::ValueEnum;
 
-use crate::checkpoint::load_for_inference;
+use crate::checkpoint::build_for_inference;
 use crate::config::{DeviceSpec, Precision};
 use crate::data;
 use crate::training::evaluation::{EvalOptions, evaluate, sample};
@@ -27,6 +27,8 @@ pub struct Args {
     /// Checkpoint, or a run directory: its newest
     #[arg(long, value_name = "CKPT")]
     ckpt: PathBuf,
+    #[command(flatten)]
+    model: super::ModelArgs,
     /// Directory of shard_*.bin, glob, or one file
     #[arg(long, value_name = "PATH")]
     data: String,
@@ -76,7 +78,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let device = device(args.device)?;
     let set = data::open(&args.data).context("--data")?;
-    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
+    let (ckpt, checkpoint) = args.model.open_newest(&args.ckpt)?;
+    let model = build_for_inference(&checkpoint, device)?;
     let documents = sample(set.as_ref(), args.max_bytes);
     let total: u64 = documents.iter().map(|d| d.len() as u64 - 1).sum();
     if total == 0 {
@@ -86,6 +89,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut bar = super::progress::BytesProgress::new("evaluating", total);
     let found = evaluate(&model, &documents, options, device, |bytes| bar.update(bytes))?;
     bar.finish();
+    if !found.loss.is_finite() {
+        anyhow::bail!(
+            "{}: the loss is {}, though all weights are finite: they overflow in --precision {}",
+            ckpt.display(),
+            found.loss,
+            format!("{:?}", args.precision).to_lowercase()
+        );
+    }
     let mut out = super::stdout();
     if args.json {
         let object = serde_json::json!({

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use super::UsageError;
-use crate::checkpoint::load_for_inference;
+use crate::checkpoint::build_for_inference;
 use crate::config::DeviceSpec;
 use crate::inference::{Generator, Sampling};
 use crate::utils::device::device;
@@ -28,6 +28,8 @@ pub struct Args {
     /// Checkpoint, or a run directory: its newest
     #[arg(long, value_name = "CKPT")]
     ckpt: PathBuf,
+    #[command(flatten)]
+    model: super::ModelArgs,
     /// Bytes to continue
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<OsString>,
@@ -73,7 +75,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Err(UsageError("the prompt is empty: give at least one byte to continue".into()).into());
     }
     let device = device(args.device)?;
-    let model = load_for_inference(&super::checkpoint(&args.ckpt)?, device)?;
+    let (ckpt, checkpoint) = args.model.open_newest(&args.ckpt)?;
+    let model = build_for_inference(&checkpoint, device)?;
     let sampling = Sampling {
         temperature: args.temperature,
         top_k: args.top_k.map(|k| k as usize),
@@ -86,12 +89,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         out.flush()?;
     }
     let began = Instant::now();
-    for byte in Generator::new(&model, device, &bytes.clone(), sampling).take(args.max_new_tokens) {
+    let prompt = bytes.clone();
+    for byte in Generator::new(&model, device, &prompt, sampling).take(args.max_new_tokens) {
         bytes.push(byte);
         if !args.json {
             out.write_all(&[byte])?;
             out.flush()?;
         }
+    }
+    if bytes.len() - prompt.len() < args.max_new_tokens {
+        anyhow::bail!("{}: the logits are not finite, though all weights are", ckpt.display());
     }
     let bytes_per_second = args.max_new_tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
     if args.json {

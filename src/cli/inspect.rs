@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use crate::checkpoint::{TensorData, TrainingCheckpoint, Value, safetensors_file, torch_file};
+use crate::checkpoint::{
+    CheckpointError, Format, TensorData, TrainingCheckpoint, Value, WeightsShape, safetensors_file, torch_file,
+};
 use crate::data::{self, MANIFEST, PackReport};
 use crate::training::RunDir;
 
@@ -27,14 +29,20 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (path, out) = (&args.path, &mut super::stdout());
-    let extension = path.extension().and_then(|e| e.to_str());
-    match extension {
-        Some("safetensors") => safetensors(out, path),
-        Some("pt" | "pth" | "ckpt") => checkpoint(out, path),
-        _ => match path.is_dir().then(|| RunDir::new(path).newest()).flatten() {
+    if path.is_dir() {
+        return match RunDir::new(path).newest() {
             Some(newest) => checkpoint(out, &newest),
             None => shards(out, path),
-        },
+        };
+    }
+    // What it is its content says; only where that is neither, a name may promise a checkpoint.
+    let named = path.extension().and_then(|e| e.to_str());
+    let named = named.is_some_and(|e| ["pt", "pth", "ckpt", "safetensors"].contains(&e));
+    match path.exists().then(|| Format::of(path)).transpose()?.flatten() {
+        Some(Format::Safetensors) => safetensors(out, path),
+        Some(Format::Torch) => checkpoint(out, path),
+        None if named => checkpoint(out, path),
+        None => shards(out, path),
     }
 }
 
@@ -56,6 +64,7 @@ fn checkpoint(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
             )?;
             writeln!(out, "after {} steps, {} bytes seen", progress.completed, progress.bytes_seen)?;
         }
+        Err(CheckpointError::Heads { shape, .. }) => weights_alone(out, &shape)?,
         Err(error) => writeln!(out, "no checkpoint that bbt trains: {error}")?,
     }
     writeln!(out)?;
@@ -65,9 +74,19 @@ fn checkpoint(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn weights_alone(out: &mut impl Write, shape: &WeightsShape) -> std::io::Result<()> {
+    let WeightsShape { n_layer, d_model, kv_width, d_ff } = shape;
+    writeln!(out, "weights of a BitByteLM: {n_layer} layers × {d_model}, keys {kv_width} wide, d_ff {d_ff}")?;
+    writeln!(out, "the number of heads is not in them: commands take it with --n-head")
+}
+
 fn safetensors(out: &mut impl Write, path: &Path) -> anyhow::Result<()> {
     let (tensors, metadata) = safetensors_file::read(path)?;
-    writeln!(out, "{}\n", path.display())?;
+    writeln!(out, "{}", path.display())?;
+    if let Err(CheckpointError::Heads { shape, .. }) = TrainingCheckpoint::open(path) {
+        weights_alone(out, &shape)?;
+    }
+    writeln!(out)?;
     let mut rows: Vec<[String; 3]> = tensors.iter().map(|(name, tensor)| tensor_row(name, tensor)).collect();
     let mut metadata: Vec<_> = metadata.into_iter().collect();
     metadata.sort();
@@ -149,6 +168,7 @@ fn plain_row(value: &Value) -> (&'static str, String) {
         Value::Tuple(elements) => ("tuple", list(elements)),
         Value::Dict(_) | Value::OrderedDict { .. } => ("dict", "empty".into()),
         Value::Tensor(tensor) => ("tensor", format!("{:?}", tensor.shape)),
+        Value::Opaque(kind) => (kind, String::new()),
     }
 }
 

@@ -25,7 +25,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::ConfigError;
+use crate::checkpoint::{CheckpointError, Given, TrainingCheckpoint};
+use crate::config::{ActQuant, ConfigError, ModelConfig};
 use crate::data::DataError;
 use crate::launch::{EnvError, LaunchError};
 use crate::libtorch::{self, CpuKernels};
@@ -212,6 +213,79 @@ fn checkpoint(path: &Path) -> Result<PathBuf, RunDirError> {
         return Ok(path.into());
     }
     RunDir::new(path).newest().ok_or_else(|| RunDirError::NoCheckpoint(path.into()))
+}
+
+/// What weights alone do not tell of their model.
+#[derive(clap::Args)]
+struct ModelArgs {
+    /// Number of heads, for weights alone, whose shapes do not tell it
+    #[arg(long, value_name = "N")]
+    n_head: Option<i64>,
+    /// Activations in full precision, for weights alone
+    #[arg(long)]
+    no_act_quant: bool,
+}
+
+impl ModelArgs {
+    fn given(&self) -> Given {
+        Given { n_head: self.n_head, act: self.no_act_quant.then_some(ActQuant::None) }
+    }
+
+    /// Opens the checkpoint at `path`, and says what its model was taken for where it holds weights alone.
+    fn open(&self, path: &Path) -> anyhow::Result<TrainingCheckpoint> {
+        let checkpoint = TrainingCheckpoint::open_given(path, &self.given())?;
+        self.check(path, &checkpoint)?;
+        if checkpoint.is_weights_alone() {
+            eprintln!("{}", described(checkpoint.model_config(), checkpoint.quant_config().act));
+        }
+        Ok(checkpoint)
+    }
+
+    /// The same of what `--ckpt` names, a file or a run directory; and which file it is. Where a run's newest
+    /// checkpoint cannot be read, the error names the newest one that can.
+    fn open_newest(&self, ckpt: &Path) -> anyhow::Result<(PathBuf, TrainingCheckpoint)> {
+        let path = checkpoint(ckpt)?;
+        match self.open(&path) {
+            Ok(checkpoint) => Ok((path, checkpoint)),
+            Err(error) if ckpt.is_dir() && error.is::<CheckpointError>() => {
+                let older = RunDir::new(ckpt).checkpoints().into_iter().skip(1);
+                match older.into_iter().find(|path| TrainingCheckpoint::open_given(path, &self.given()).is_ok()) {
+                    Some(whole) => anyhow::bail!("{error}; {} is whole: --ckpt takes a file, too", whole.display()),
+                    None => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Refuses what contradicts a checkpoint that says it itself.
+    fn check(&self, path: &Path, checkpoint: &TrainingCheckpoint) -> Result<(), UsageError> {
+        let (has, path) = (checkpoint.model_config().n_head, path.display());
+        if let Some(n_head) = self.n_head.filter(|&n_head| n_head != has) {
+            return Err(UsageError(format!("--n-head {n_head}: {path} says that its model has {has}")));
+        }
+        if self.no_act_quant && checkpoint.quant_config().act != ActQuant::None {
+            return Err(UsageError(format!("--no-act-quant: {path} says that its model quantizes activations")));
+        }
+        Ok(())
+    }
+}
+
+/// What weights alone are taken for.
+fn described(model: &ModelConfig, act: ActQuant) -> String {
+    format!(
+        "weights alone, taken for {} layers × {} with {} heads ({} key/value), d_ff {}, rope_base {}, activations in {}",
+        model.n_layer,
+        model.d_model,
+        model.n_head,
+        model.kv_heads(),
+        model.d_ff,
+        model.rope_base,
+        match act {
+            ActQuant::Int8 => "int8",
+            ActQuant::None => "full precision",
+        }
+    )
 }
 
 /// Sets the number of threads that libtorch computes with.

@@ -1,5 +1,6 @@
 //! `bbt train`.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -8,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use serde::{Deserialize, Serialize};
 
 use super::UsageError;
 use super::config::ConfigArgs;
 use super::progress::TrainProgress;
-use crate::checkpoint::TrainingCheckpoint;
+use crate::checkpoint::{Given, TrainingCheckpoint, rule_of};
+use crate::config::{Config, Layers, ModelConfig, OptimizerName, QuantConfig};
 use crate::launch::RankEnv;
 use crate::libtorch::exit_at_once;
 use crate::training::{Ddp, RunDir, Start, TrainError, Trainer, Verdict, setup_ddp};
@@ -90,30 +93,45 @@ fn distributed(args: &Args, env: RankEnv) -> anyhow::Result<()> {
 }
 
 fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
-    let layers = args.config.layers()?;
-    let out = layers.given()?.train.out;
-    let run = RunDir::new(&out);
+    let mut layers = args.config.layers()?;
+    let given = layers.given()?;
+    let run = RunDir::new(&given.train.out);
     let main = ddp.is_none_or(|ddp| ddp.rank() == 0);
-    let (start, checkpoint) = match main {
-        true => {
-            let start = start(args, &run, ddp.is_some_and(|ddp| ddp.restarted()))?;
-            let checkpoint = match &start {
-                Start::Fresh => None,
-                Start::Init(path) | Start::Resume { path, .. } => {
-                    let checkpoint = TrainingCheckpoint::open(path)?;
-                    Some((checkpoint.model_config().clone(), *checkpoint.quant_config()))
-                }
-            };
-            (start, Some(checkpoint))
+    // The checkpoint is rank 0's to read; what it says of the configuration all ranks must know.
+    let (mut start, mut opened) = (Start::Fresh, None);
+    if main {
+        (start, opened) = self::start(args, &run, ddp.is_some_and(|ddp| ddp.restarted()), &given_of(&layers, &given))?;
+    }
+    let keeps_state = matches!(start, Start::Resume { optimizer_state: true, .. });
+    let says = opened.as_ref().map(|checkpoint| Says {
+        model: checkpoint.model_config().clone(),
+        quant: *checkpoint.quant_config(),
+        optimizer: checkpoint.optimizer_name().filter(|_| keeps_state),
+    });
+    let says = match ddp {
+        Some(ddp) => ddp.share("checkpoint", main.then_some(says))?,
+        None => says,
+    };
+    // A state of 8-bit moments is another optimizer's.
+    if says.as_ref().and_then(|says| says.optimizer) == Some(OptimizerName::AdamW8bit) && !layers.has("optim", "name") {
+        layers.set("the checkpoint", "optim.name", "adamw8bit")?;
+        if main {
+            eprintln!("optim.name is adamw8bit, as in the checkpoint");
         }
-        // The checkpoint is rank 0's to read.
-        false => (Start::Fresh, None),
-    };
-    let checkpoint = match ddp {
-        Some(ddp) => ddp.share("checkpoint", checkpoint)?,
-        None => checkpoint.flatten(),
-    };
-    let config = layers.resolve(checkpoint.as_ref().map(|(model, quant)| (model, quant)))?;
+    }
+    let config = layers.resolve(says.as_ref().map(|says| (&says.model, &says.quant)))?;
+    if let Some(checkpoint) = &opened {
+        if checkpoint.is_weights_alone() {
+            eprintln!("{}", super::described(checkpoint.model_config(), config.quant.act));
+        }
+        if matches!(start, Start::Resume { .. })
+            && let Some(note) = other_rule(checkpoint, &config, &layers)
+        {
+            eprintln!("{note}");
+        }
+    }
+    // Its memory map is not needed twice.
+    drop(opened);
     let total = config.train.steps;
 
     let mut trainer = match ddp {
@@ -157,6 +175,44 @@ fn train(args: &Args, ddp: Option<&Rc<Ddp>>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a checkpoint says of the configuration of a run that starts from it.
+#[derive(Clone, Serialize, Deserialize)]
+struct Says {
+    model: ModelConfig,
+    quant: QuantConfig,
+    /// Whose state it holds, where that is taken over.
+    optimizer: Option<OptimizerName>,
+}
+
+/// What the user has said of the model, for files that do not.
+fn given_of(layers: &Layers, given: &Config) -> Given {
+    Given {
+        n_head: layers.has("model", "n_head").then_some(given.model.n_head),
+        act: layers.has("quant", "act").then_some(given.quant.act),
+    }
+}
+
+/// Says how a resumed run trains otherwise than before, where the user has not asked for it.
+fn other_rule(checkpoint: &TrainingCheckpoint, config: &Config, layers: &Layers) -> Option<String> {
+    let now: BTreeMap<_, _> = rule_of(config).into_iter().collect();
+    let asked = |key: &str| key.split_once('.').is_some_and(|(section, key)| layers.has(section, key));
+    let before = checkpoint.rule().into_iter();
+    let other: Vec<_> = before.filter(|(key, value)| now.get(key) != Some(value) && !asked(key)).collect();
+    if other.is_empty() {
+        return None;
+    }
+    let all = |word: &dyn Fn(&(&'static str, String)) -> String, between: &str| {
+        other.iter().map(word).collect::<Vec<_>>().join(between)
+    };
+    Some(format!(
+        "the checkpoint's run, {}, trained with {}; this one goes on with {} (to keep the former: {})",
+        if checkpoint.is_ours() { "bbt's" } else { "the PyTorch original's" },
+        all(&|(key, value)| format!("{key} {value}"), ", "),
+        all(&|(key, _)| now.get(key).cloned().unwrap_or_default(), ", "),
+        all(&|(key, value)| format!("--set {key}={value}"), " "),
+    ))
+}
+
 /// A terminal sends a Ctrl-C to every process of torchrun's, which passes it on once more: what a launched process
 /// gets within this time is the same one.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
@@ -186,25 +242,31 @@ fn lies_in(path: &Path, dir: &Path) -> bool {
     }
 }
 
-/// Where the run starts, as the flags say; a run that a launcher has restarted starts where it was.
-fn start(args: &Args, run: &RunDir, restarted: bool) -> Result<Start, UsageError> {
-    if restarted && let Some(path) = run.newest() {
-        return Ok(Start::Resume { path, optimizer_state: true });
+/// Where the run starts, as the flags say, and its checkpoint; a run that a launcher has restarted starts where it was.
+fn start(
+    args: &Args,
+    run: &RunDir,
+    restarted: bool,
+    given: &Given,
+) -> anyhow::Result<(Start, Option<TrainingCheckpoint>)> {
+    if restarted && let Some((path, checkpoint)) = newest_whole(run, given)? {
+        return Ok((Start::Resume { path, optimizer_state: true }, Some(checkpoint)));
     }
     if let Some(path) = &args.init {
-        return Ok(Start::Init(path.clone()));
+        return Ok((Start::Init(path.clone()), Some(TrainingCheckpoint::open_given(path, given)?)));
     }
-    let Some(resume) = &args.resume else { return Ok(Start::Fresh) };
+    let Some(resume) = &args.resume else { return Ok((Start::Fresh, None)) };
     let optimizer_state = !args.no_opt_state;
     if resume.as_os_str() == "auto" {
         if args.allow_overwrite && run.newest().is_some() {
             return Err(UsageError(
                 "--resume auto continues the run that --allow-overwrite would replace: give one of them".into(),
-            ));
+            )
+            .into());
         }
-        return Ok(match run.newest() {
-            Some(path) => Start::Resume { path, optimizer_state },
-            None => Start::Fresh,
+        return Ok(match newest_whole(run, given)? {
+            Some((path, checkpoint)) => (Start::Resume { path, optimizer_state }, Some(checkpoint)),
+            None => (Start::Fresh, None),
         });
     }
     let path = match resume.is_dir() {
@@ -213,5 +275,29 @@ fn start(args: &Args, run: &RunDir, restarted: bool) -> Result<Start, UsageError
             .ok_or_else(|| UsageError(format!("--resume {}: the directory holds no checkpoint", resume.display())))?,
         false => resume.clone(),
     };
-    Ok(Start::Resume { path, optimizer_state })
+    let checkpoint = TrainingCheckpoint::open_given(&path, given)?;
+    Ok((Start::Resume { path, optimizer_state }, Some(checkpoint)))
+}
+
+/// The newest checkpoint of a run that is whole, if there is any. What is newer and damaged is told of.
+///
+/// # Errors
+/// There are checkpoints, but none that can be read: the newest one's error.
+fn newest_whole(run: &RunDir, given: &Given) -> anyhow::Result<Option<(PathBuf, TrainingCheckpoint)>> {
+    let mut damaged = vec![];
+    for path in run.checkpoints() {
+        match TrainingCheckpoint::open_given(&path, given) {
+            Ok(checkpoint) => {
+                for error in &damaged {
+                    eprintln!("{error}; going on from {}", path.display());
+                }
+                return Ok(Some((path, checkpoint)));
+            }
+            Err(error) => damaged.push(error),
+        }
+    }
+    match damaged.into_iter().next() {
+        Some(newest) => Err(newest.into()),
+        None => Ok(None),
+    }
 }

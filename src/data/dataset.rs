@@ -66,6 +66,20 @@ pub trait ByteDataset: Send + Sync {
         self.shards().iter().map(|shard| shard.bytes().len() as u64).sum()
     }
 
+    /// What tells these bytes from others: how many there are, in how many shards, and a checksum of the length, the
+    /// beginning and the end of each.
+    fn fingerprint(&self) -> String {
+        const SAMPLE: usize = 4096;
+        let mut hash = crc32fast::Hasher::new();
+        for shard in self.shards() {
+            let bytes = shard.bytes();
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(&bytes[..bytes.len().min(SAMPLE)]);
+            hash.update(&bytes[bytes.len() - bytes.len().min(SAMPLE)..]);
+        }
+        format!("{}, {}, {:08x}", self.total_bytes(), self.shards().len(), hash.finalize())
+    }
+
     /// The windows of `seq_len + 1` bytes that start every `seq_len` bytes: each byte but a shard's first
     /// (and at most `seq_len - 1` at its end) is predicted once.
     ///

@@ -6,7 +6,7 @@ use super::{Sampler, Sampling};
 use crate::models::{BitByteLM, KvCache};
 use crate::training::evaluation::inputs;
 
-/// An endless iterator over the bytes that follow a prompt.
+/// An iterator over the bytes that follow a prompt. It ends only where the model's logits are not finite.
 #[derive(Debug)]
 pub struct Generator<'a> {
     model: &'a BitByteLM,
@@ -33,7 +33,12 @@ impl Iterator for Generator<'_> {
         let _no_grad = tch::no_grad_guard();
         let logits = self.model.forward_cached(&inputs(&self.unread, 1, self.device), &mut self.cache);
         let last = logits.select(0, 0).select(0, -1).to_device(Device::Cpu).to_kind(Kind::Float);
-        let byte = self.sampler.choose(&Vec::<f32>::try_from(last).ok()?);
+        let logits = Vec::<f32>::try_from(last).ok()?;
+        // A byte that is out of the question may have minus infinity.
+        if logits.iter().any(|&logit| logit.is_nan() || logit == f32::INFINITY) {
+            return None;
+        }
+        let byte = self.sampler.choose(&logits);
         self.unread = vec![byte];
         Some(byte)
     }

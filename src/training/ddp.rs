@@ -265,7 +265,7 @@ impl Ddp {
             version: env!("CARGO_PKG_VERSION").into(),
             libtorch: env!("BBT_TORCH_VERSION").into(),
             device: format!("{device:?}").to_lowercase(),
-            data: fingerprint(data),
+            data: data.fingerprint(),
             config: config.to_yaml(),
             adamw8bit: adamw8bit_kernel(config, device).ok().flatten().map(|kernel| kernel.name().into()),
         };
@@ -401,19 +401,6 @@ fn flat(yaml: &str) -> BTreeMap<String, String> {
         }
     }
     flat
-}
-
-/// Tells different training bytes apart without reading them all.
-fn fingerprint(data: &dyn ByteDataset) -> String {
-    const SAMPLE: usize = 4096;
-    let mut hash = crc32fast::Hasher::new();
-    for shard in data.shards() {
-        let bytes = shard.bytes();
-        hash.update(&(bytes.len() as u64).to_le_bytes());
-        hash.update(&bytes[..bytes.len().min(SAMPLE)]);
-        hash.update(&bytes[bytes.len() - bytes.len().min(SAMPLE)..]);
-    }
-    format!("{}, {}, {:08x}", data.total_bytes(), data.shards().len(), hash.finalize())
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use super::run_dir::{RunDir, RunDirError};
 use super::tensorboard::{TensorBoardError, TensorBoardWriter};
 use super::utilisation::{flops_per_byte, peak_tflops};
 use super::watch::Phase;
-use crate::checkpoint::{CheckpointError, Contents, Progress, TrainingCheckpoint, parameter_names};
+use crate::checkpoint::{CheckpointError, Contents, Given, Progress, TrainingCheckpoint, parameter_names};
 use crate::config::{Config, ConfigError, Decay, OptimizerName, Precision, TrainConfig};
 use crate::data::{self, ByteDataset, DataError, Loader, LoaderOptions};
 use crate::libtorch::{self, AdamW8bitKernel, HostCopy, cuda_memory, cuda_name, foreach_norms, host_memory};
@@ -155,6 +155,8 @@ struct Restored {
     scaler: ScalerState,
     /// Whether there is optimizer state that is not zero.
     optimizer: bool,
+    /// The fingerprint of the bytes that it was trained on, where the checkpoint has one.
+    data: Option<String>,
 }
 
 /// A model with its optimizer and its place in a run.
@@ -172,6 +174,12 @@ pub struct Trainer {
     /// What decays, where not everything does.
     decaying: Option<DecayingTensors>,
     scaler: Option<GradScaler>,
+    /// The scaler's state that the run was resumed with, which it saves where it has no scaler.
+    carried_scaler: ScalerState,
+    /// What the user is told as training begins.
+    notes: Vec<String>,
+    /// The fingerprint of the training bytes.
+    data: String,
     train_set: Arc<dyn ByteDataset>,
     val_set: Option<Arc<dyn ByteDataset>>,
     progress: Progress,
@@ -262,12 +270,16 @@ impl Trainer {
         };
         model.set_checkpointing(config.train.checkpointing);
         let loaded = match &start {
-            Start::Init(path) | Start::Resume { path, .. } if main => Some(TrainingCheckpoint::open(path)?),
+            Start::Init(path) | Start::Resume { path, .. } if main => {
+                let given = Given { n_head: Some(config.model.n_head), act: Some(config.quant.act) };
+                Some(TrainingCheckpoint::open_given(path, &given)?)
+            }
             _ => None,
         };
         let mut restored = Restored::default();
         let mut moments = None;
         if let Some(checkpoint) = &loaded {
+            checkpoint.check_trainable()?;
             checkpoint.load_weights(&vs)?;
             if let Start::Resume { optimizer_state, .. } = &start {
                 if *optimizer_state {
@@ -276,7 +288,9 @@ impl Trainer {
                     checkpoint.load_optimizer(&mut state)?;
                     moments = Some(state);
                 }
+                checkpoint.check_resumable()?;
                 restored.progress = checkpoint.progress();
+                restored.data = checkpoint.data().map(String::from);
                 restored.scaler = checkpoint.scaler().unwrap_or_default();
                 restored.optimizer = moments.is_some();
             }
@@ -306,6 +320,9 @@ impl Trainer {
             None => DecayingTensors::matrices(&params),
         };
         let decaying = (config.optim.decay == Decay::Matrices).then(matrices);
+        let data = train_set.fingerprint();
+        let notes = other_data(restored.data.as_deref(), &data, &restored.progress, &config, train_set.as_ref());
+        let carried_scaler = restored.scaler;
         let scaler = (config.train.precision == Precision::Fp16).then(|| GradScaler::new(restored.scaler, device));
         let checkpoint = match &start {
             Start::Resume { path, .. } => Some(path.clone()),
@@ -332,6 +349,9 @@ impl Trainer {
             optimizer,
             decaying,
             scaler,
+            carried_scaler,
+            notes,
+            data,
             train_set,
             val_set,
             progress,
@@ -419,6 +439,9 @@ impl Trainer {
         let TrainConfig { steps: total, log_every, eval_every, save_every, .. } = self.config.train;
         let end = self.config.train.stop_at.map_or(total, |stop| stop.min(total));
 
+        if self.is_main() {
+            self.notes.drain(..).for_each(|note| observer.on_message(&note));
+        }
         if let Some(AdamW8bitKernel::Own(why)) = adamw8bit_kernel(&self.config, self.device)? {
             observer.on_message(&format!("optim.name adamw8bit: bbt's own kernel runs: {why}"));
         }
@@ -751,7 +774,8 @@ impl Trainer {
                 optimizer: gathered.as_ref().unwrap_or(&self.optimizer.state),
                 lr: lr_for_step(last, self.config.train.steps, &self.config.optim),
                 weight_decay: weight_decay_for_step(last, self.config.train.steps, &self.config.optim),
-                scaler: self.scaler.as_ref().map(GradScaler::state),
+                scaler: self.scaler.as_ref().map_or(self.carried_scaler, GradScaler::state),
+                data: &self.data,
                 progress: &self.progress,
             };
             contents.write(&path)?;
@@ -810,6 +834,28 @@ impl Lap {
             data_wait: (loader.wait_seconds() - self.waited) / seconds,
         }
     }
+}
+
+/// What there is to say where a run goes on over bytes of another fingerprint, `now`, than it had `before`.
+fn other_data(
+    before: Option<&str>,
+    now: &str,
+    progress: &Progress,
+    config: &Config,
+    train_set: &dyn ByteDataset,
+) -> Vec<String> {
+    let Some(before) = before.filter(|&before| before != now) else { return vec![] };
+    let bytes = |fingerprint: &str| fingerprint.split(',').next().unwrap_or_default().to_string();
+    let seq_len = seq_len_for_step(progress.completed, config.train.steps, &config.data.curriculum()) as usize;
+    let windows = config.data.order.windows(train_set, seq_len).map_or(0, |windows| windows.count());
+    let goes_on = (progress.position.seq_len, progress.position.windows) == (seq_len as u64, windows);
+    vec![format!(
+        "data.train {} holds other bytes than the checkpoint was trained on ({} of them; then {}): {}",
+        config.data.train,
+        bytes(now),
+        bytes(before),
+        if goes_on { "the place in them stays what it was" } else { "a new pass over them begins" },
+    )]
 }
 
 fn in_train_data(source: DataError) -> TrainError {

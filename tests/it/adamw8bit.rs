@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use crate::common::assert_same_checkpoint;
-use bbt::checkpoint::{Dtype, Value, convert, torch_file};
+use bbt::checkpoint::{Dtype, TrainingCheckpoint, Value, convert, torch_file};
 use bbt::config::{Config, ModelConfig, OptimConfig, OptimizerName, Precision};
 use bbt::libtorch::Moment8bit;
 use bbt::training::{Start, Trainer};
@@ -183,7 +183,10 @@ fn converting_changes_the_moments_alone_and_what_it_writes_resumes() {
     let mut first = config(OptimizerName::AdamW, Precision::Fp32, &path("run"));
     first.train.stop_at = Some(5);
     train(first, Start::Fresh);
-    let convert = |from: &Path, to: &str, name| convert(from, &path(to), None, Some(name)).expect("converts");
+    let convert = |from: &Path, to: &str, name| {
+        let from = TrainingCheckpoint::open(from).expect("opens");
+        convert(&from, &path(to), None, Some(name)).expect("converts")
+    };
     convert(&path("run/ckpt.pt"), "rounded.pt", OptimizerName::AdamW8bit);
     convert(&path("rounded.pt"), "full.pt", OptimizerName::AdamW);
     convert(&path("full.pt"), "again.pt", OptimizerName::AdamW8bit);
@@ -245,7 +248,8 @@ fn what_cannot_go_on_names_the_way_out() {
 
         assert!(way.iter().all(|way| message.contains(way)) && message.contains("--no-opt-state"), "{message}");
     }
-    let message = convert(&path("run/ckpt.pt"), &path("x.safetensors"), None, Some(OptimizerName::AdamW8bit));
+    let checkpoint = TrainingCheckpoint::open(&path("run/ckpt.pt")).expect("opens");
+    let message = convert(&checkpoint, &path("x.safetensors"), None, Some(OptimizerName::AdamW8bit));
     assert!(message.expect_err("no moments").to_string().contains("--optim"));
 
     // Another code book, or fp32 moments where bitsandbytes has 8 bits.

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use crate::allocations;
 
 /// No reader of the files here has reason to ask for more at once.
-const MOST: usize = 16 << 20;
+pub(crate) const MOST: usize = 16 << 20;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -127,6 +127,7 @@ fn describe(value: &Value) -> serde_json::Value {
             };
             json!(["tensor", kind, t.shape, t.contiguous_bytes()])
         }
+        Value::Opaque(kind) => json!(["opaque", kind]),
     }
 }
 
@@ -256,17 +257,17 @@ fn a_global_that_is_not_allowed_is_refused_by_name() {
 }
 
 /// A generator of bytes and numbers that is the same everywhere.
-struct Random(u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         ((self.0 >> 33) as usize) % n.max(1)
     }
 }
 
 /// One to three random changes: bits flipped, bytes set, inserted, removed, blocks copied, the end cut off.
-fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
+pub(crate) fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for _ in 0..=random.below(3) {
         if bytes.is_empty() {
@@ -390,11 +391,15 @@ fn a_pickle_that_unfolds_without_end_is_refused() {
     assert!(pickle::parse(b"\x80\x02]q\x00h\x00a.", &mut load).is_err());
     let deep = [vec![b']'; 100_000], vec![b'a'; 99_999], vec![b'.']].concat();
     assert!(pickle::parse(&deep, &mut load).is_err());
-    // A tensor that is larger than its storage.
-    let huge = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ft(K\x00K\x00t\x89)tR.";
+    // A tensor that is larger than its storage, and one that has each of its elements many times.
+    let huge = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x00(J\xff\xff\xff\x7fJ\xff\xff\xff\x7ft(K\x01K\x01t\x89)tR.";
     let mut load = |_: &str, dtype: Dtype, n: usize| Ok(Storage::new(dtype, vec![0u8; n * dtype.size()]));
     let error = pickle::parse(huge, &mut load).expect_err("refuses").to_string();
     assert!(error.contains("beyond its storage"), "{error}");
+    let mut expanded = huge.to_vec();
+    let strides = expanded.windows(4).rposition(|bytes| bytes == b"K\x01K\x01").expect("strides");
+    (expanded[strides + 1], expanded[strides + 3]) = (0, 0);
+    assert_eq!(pickle::parse(&expanded, &mut load).expect("reads"), Value::Opaque("expanded tensor"));
 }
 
 #[test]
@@ -446,7 +451,7 @@ fn what_is_no_checkpoint_is_called_what_it_is() {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || sender.send(torch_file::read(&pipe).map(drop).map_err(|e| e.to_string())));
     let read = receiver.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits for the pipe");
-    assert!(read.expect_err("refuses").contains("is no file"));
+    assert!(read.expect_err("refuses").contains("is a pipe, no file"));
 }
 
 fn values() -> impl Strategy<Value = Value> {

@@ -11,6 +11,7 @@ mod cuda_kernels;
 mod distributed;
 mod golden_ops;
 mod golden_training;
+mod handover;
 mod interchange;
 mod internals;
 mod kernels;
