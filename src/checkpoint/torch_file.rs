@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::io::{self, Cursor, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 

@@ -284,12 +284,6 @@ impl RunDir {
         Ok(())
     }
 
-    /// All checkpoints of the run, the newest first; of one file with two names the first.
-    pub fn checkpoints(&self) -> Vec<PathBuf> {
-        let numbered = self.numbered().into_iter().rev().map(|(_, path)| path);
-        numbered.chain([self.latest(), self.best()].into_iter().filter(|path| path.exists())).collect()
-    }
-
     /// Makes the checkpoint after `steps` steps the latest, and the best where `best` is set; removes
     /// numbered ones beyond the `keep` newest.
     ///
