@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::{ByteDataset, DataError, Order, Position, Windows};
+use super::{ByteDataset, DataError, Position, Windows};
+use crate::config::Order;
 
 /// Batches kept ready.
 const DEPTH: usize = 4;

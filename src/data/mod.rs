@@ -1,7 +1,7 @@
 //! Bytes on disk and the order they are trained in.
 //!
 //! A dataset ([`open`]) is memory-mapped bytes in one or more shards; [`Windows`] cuts them into training
-//! windows; [`Order`] and [`Position`] say which window comes when; [`Loader`] copies them into batches on
+//! windows; [`Order`](crate::config::Order) and [`Position`] say which window comes when; [`Loader`] copies them into batches on
 //! a thread of its own; [`pack`](fn@pack) makes shards from text files. Knows no tensor: a batch is bytes.
 
 mod byte_shard_dataset;
@@ -20,6 +20,6 @@ pub use byte_stream_dataset::ByteStreamDataset;
 pub use dataset::{ByteDataset, Shard, open};
 pub use error::DataError;
 pub use loader::{Batch, Loader, LoaderOptions};
-pub use order::{Order, Position};
+pub use order::Position;
 pub use pack::{MANIFEST, PackOptions, PackReport, PackWarning, SplitReport, pack};
 pub use windows::Windows;

@@ -10,18 +10,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{ByteDataset, DataError, Windows};
-
-/// The order of the training windows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Order {
-    /// Every window once per epoch, each epoch permuted anew.
-    Shuffled,
-    /// Windows that start at any byte, drawn uniformly with replacement; there is one endless epoch.
-    Random,
-    /// File order, again and again.
-    Sequential,
-}
+use crate::config::Order;
 
 impl Order {
     /// The windows that this order goes through.

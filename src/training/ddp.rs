@@ -463,8 +463,7 @@ impl Hello {
 /// `section.key` → value of a configuration in YAML.
 fn flat(yaml: &str) -> BTreeMap<String, String> {
     let mut flat = BTreeMap::new();
-    let sections: BTreeMap<String, BTreeMap<String, serde_yaml::Value>> =
-        serde_yaml::from_str(yaml).unwrap_or_default();
+    let sections: BTreeMap<String, BTreeMap<String, config::Value>> = config::yaml::parse(yaml).unwrap_or_default();
     for (section, keys) in sections {
         for (key, value) in keys {
             let value = serde_json::to_string(&value).unwrap_or_default();

@@ -105,7 +105,7 @@ fn first_logits_and_every_first_gradient() {
         // No weight is closer to a threshold than 7e-6, so without int8 activations all is decided.
         let [logits_turned, gradients_turned] = match golden.quant_config(STES[0].1).act {
             ActQuant::Int8 => [Some(3e-2), Some(6e-2)],
-            ActQuant::None => [None, None],
+            _ => [None, None],
         };
         for (name, ste) in STES {
             for checkpointing in [false, true] {

@@ -140,7 +140,7 @@ fn pytorch_finds_the_same(dir: &Path, act: ActQuant) {
                 let factor = match act {
                     ActQuant::Int8 if found.step == 0 => 6e-2,
                     ActQuant::Int8 => continue,
-                    ActQuant::None => 2e-2,
+                    _ => 2e-2,
                 };
                 close(found, expected, 2e-3, factor, &format!("{act:?} {kernel:?} {checkpointing} {}", found.step));
             }

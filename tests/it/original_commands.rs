@@ -6,8 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::common::cli::{Running, Workspace};
-use bbt::config::{ActSte, Attention, Config, OptimizerName, Precision, Ste};
-use bbt::data::Order;
+use bbt::config::{ActSte, Attention, Config, OptimizerName, Order, Precision, Ste};
 
 fn config(ws: &Workspace, flags: &str) -> Config {
     Config::from_yaml(&ws.ok(&format!("config {flags}")).text()).expect("reads back")
