@@ -1,5 +1,4 @@
-//! Checks the libtorch that torch-sys found, compiles the C++ shim against it, and makes the binary
-//! find it at run time.
+//! Checks the libtorch that torch-sys found, compiles our C++ against it, and makes the binary find it at run time.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -7,12 +6,12 @@ use std::{env, fs};
 /// The libtorch that tch 0.24 binds.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SHIM: &str = "src/libtorch/shim";
-const CPU_KERNELS: &str = "src/libtorch/kernels/cpu";
-const CUDA_KERNELS: &str = "src/libtorch/kernels/cuda";
+/// What libtorch has and tch does not bind, and bbt's own kernels as operations on tensors.
+const SHIMS: [&str; 2] = ["src/libtorch/shim", "src/kernels/shim"];
+const CPU_KERNELS: &str = "src/kernels/cpu";
+const CUDA_KERNELS: &str = "src/kernels/cuda";
 
-/// The instruction sets that CPU kernels are compiled for on x86-64, by the ending of the file's name: the
-/// compiler's flags.
+/// The compiler's flags for the CPU kernels on x86-64, by the ending of a file's name.
 const X86_64: [(&str, &[&str]); 5] = [
     ("_avx2", &["-mavx2", "-mfma"]),
     ("_avx512", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
@@ -22,10 +21,9 @@ const X86_64: [(&str, &[&str]); 5] = [
 ];
 
 fn main() {
-    println!("cargo:rerun-if-changed={SHIM}");
-    println!("cargo:rerun-if-changed={CPU_KERNELS}");
-    println!("cargo:rerun-if-changed={CUDA_KERNELS}");
-    println!("cargo:rerun-if-changed=build.rs");
+    for path in SHIMS.into_iter().chain([CPU_KERNELS, CUDA_KERNELS, "build.rs"]) {
+        println!("cargo:rerun-if-changed={path}");
+    }
     // torch-sys passes the folder it links from to the packages that depend on it directly.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names its lib folder"));
     let root = lib.parent().expect("the lib folder has a parent");
@@ -58,12 +56,12 @@ fn main() {
         .std("c++17")
         .pic(true)
         // First: names of gloo, whose headers libtorch does not ship.
-        .include(format!("{SHIM}/gloo_names"))
+        .include(format!("{}/gloo_names", SHIMS[0]))
         .include(embed_cuda_kernels())
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         // at::parallel_for is a template around OpenMP.
         .flag("-fopenmp")
-        .files(sources(SHIM));
+        .files(SHIMS.into_iter().flat_map(sources));
     system_include(&mut build, &include);
     system_include(&mut build, &include.join("torch/csrc/api/include"));
     warn(&mut build);
@@ -89,13 +87,13 @@ fn main() {
     println!("cargo:rustc-link-arg=-Wl,--disable-new-dtags,-rpath,{}", lib.display());
 }
 
-/// Headers of others, which warn of what is not ours to mend.
+/// Includes others' headers from `folder` without their warnings.
 fn system_include(build: &mut cc::Build, folder: &Path) {
     build.flag("-isystem").flag(folder.to_str().expect("a path in UTF-8"));
 }
 
-/// Warnings for C++ of our own; errors where `BBT_WERROR` is set, as in `.ci/run`: another compiler's new warning must
-/// not keep a user from building.
+/// Turns warnings on for our own C++. They are errors only where `BBT_WERROR` is set, as in `.ci/run`: a new warning of
+/// another compiler must not keep a user from building.
 fn warn(build: &mut cc::Build) {
     println!("cargo:rerun-if-env-changed=BBT_WERROR");
     build.warnings(true).extra_warnings(true).flag("-Wmissing-declarations");
@@ -124,7 +122,7 @@ fn sources(folder: &str) -> Vec<PathBuf> {
     sources
 }
 
-/// Compiles each kernel for its instruction set. Optimized in every profile: they are there to be fast.
+/// Compiles each kernel for its instruction set, optimized in every profile: a slow kernel is of no use.
 fn compile_cpu_kernels() {
     let x86_64 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64");
     let mut objects = Vec::new();
@@ -145,8 +143,8 @@ fn compile_cpu_kernels() {
     cc::Build::new().objects(objects).compile("bbt_cpu_kernels");
 }
 
-/// Writes the sources of the CUDA kernels, which the GPU's own machine compiles, as entries of nvrtc.cpp's table.
-/// Returns the folder to include from.
+/// Writes the sources of the CUDA kernels, which are compiled on the machine that has the GPU, as entries of
+/// nvrtc.cpp's table. Returns the folder to include it from.
 fn embed_cuda_kernels() -> PathBuf {
     let mut files: Vec<PathBuf> = fs::read_dir(CUDA_KERNELS)
         .expect("a folder of kernels")
@@ -170,7 +168,7 @@ fn openmp(lib: &Path) -> Option<String> {
     names.into_iter().find(|name| name.starts_with("libgomp") && name.contains(".so"))
 }
 
-/// The version of libtorch; stops the build with the remedy where it is missing or another one.
+/// The version of libtorch. If it is missing or another one, stops the build and says what to do.
 fn check_version(root: &Path) -> String {
     let version = wheel_version(root).or_else(|| zip_version(root));
     match version {

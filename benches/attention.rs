@@ -5,7 +5,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use bbt::libtorch::causal_attention;
+use bbt::kernels::causal_attention;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
 

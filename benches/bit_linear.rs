@@ -6,7 +6,8 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use bbt::libtorch::{Autocast, AutocastDtype, Prologue, TernaryWeight, bit_linear, cross_entropy_mean, rope};
+use bbt::kernels::{Prologue, TernaryWeight, bit_linear, cross_entropy_mean, rope};
+use bbt::libtorch::{Autocast, AutocastDtype};
 use bbt::quantization::{TernaryQuantSTE, act_quant_per_token};
 use bbt::{config::Ste, training::loss::cross_entropy};
 use criterion::measurement::WallTime;
@@ -64,13 +65,13 @@ fn layers(c: &mut Criterion) {
         }
         // As in a step of several microbatches.
         let ternary: Vec<_> = weights.iter().map(|w| TernaryWeight::new(w).expect("a weight")).collect();
-        let pairs: Vec<_> = weights.iter().zip(&ternary).collect();
+        let pairs: Vec<_> = weights.iter().map(Some).zip(&ternary).collect();
         time(&mut group, "bbt", &leaves, || {
             let prologue = match before {
                 Before::Norm => Prologue::RmsNorm { weight: &norm, eps: EPS },
                 Before::Gate => Prologue::SwiGlu,
             };
-            bit_linear(&x, prologue, &pairs, false, Kind::BFloat16).expect("tensors that fit")
+            bit_linear(&x, prologue, &pairs, false, Kind::BFloat16).expect("tensors that fit").0
         });
         time(&mut group, "libtorch", &leaves, || {
             let h = match before {

@@ -9,7 +9,10 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod inference;
+#[doc(hidden)]
+pub mod kernels;
 pub mod launch;
+#[doc(hidden)]
 pub mod libtorch;
 pub mod models;
 pub mod plot;

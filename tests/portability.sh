@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-unit=(libtorch:: quantization:: models:: utils:: training::loss training::zero training::layout)
+unit=(libtorch:: kernels:: quantization:: models:: utils:: training::loss training::zero training::layout)
 integration=(golden_ops:: golden_training:: original_rule:: adamw8bit:: amp:: resume:: schedules::)
 long=(python_training:: internals:: kernels::a_run)
 [ -n "${QUICK:-}" ] || integration+=("${long[@]}")

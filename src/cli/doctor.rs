@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::cgroup;
-use crate::libtorch::{AdamW8bitKernel, cuda_memory, host_memory};
+use crate::kernels::AdamW8bitKernel;
+use crate::libtorch::{cuda_memory, host_memory};
 
 /// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
 ///

@@ -33,8 +33,9 @@ use crate::cgroup;
 use crate::checkpoint::{CheckpointError, Given, TrainingCheckpoint};
 use crate::config::{ActQuant, ConfigError, ModelConfig};
 use crate::data::DataError;
+use crate::kernels::CpuKernels;
 use crate::launch::{EnvError, LaunchError};
-use crate::libtorch::{self, CpuKernels};
+use crate::libtorch;
 use crate::training::RunDir;
 
 /// Trains, evaluates, samples and exports BitByteLM: byte-level transformers with ternary weights.

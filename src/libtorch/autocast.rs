@@ -4,7 +4,7 @@ use tch::{Device, Kind};
 
 use super::{Error, ffi};
 
-/// The lower precision that autocast computes matrix products in.
+/// The precision in which autocast computes matrix products.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AutocastDtype {
     /// float16
@@ -13,10 +13,11 @@ pub enum AutocastDtype {
     BFloat16,
 }
 
-/// What autocast computes products in on this thread, where it is on for `device`: float16 or bfloat16.
+/// The dtype in which autocast computes products for `device` on this thread, float16 or bfloat16; none while it is
+/// off.
 pub fn autocast_kind(device: Device) -> Option<Kind> {
     let mut dtype = ffi::Dtype::Float;
-    // SAFETY: room for a dtype, in which the shim writes one.
+    // SAFETY: a place for a dtype, to which the shim writes one.
     let asked = kind_of(device).and_then(|device| ffi::check(unsafe { ffi::bbt_autocast_dtype(device, &mut dtype) }));
     match (asked, dtype) {
         (Ok(()), ffi::Dtype::Half) => Some(Kind::Half),
@@ -33,11 +34,11 @@ fn kind_of(device: Device) -> Result<ffi::DeviceType, Error> {
     }
 }
 
-/// Autocast is on from [`Autocast::enter`] until this is dropped. Regions do not nest, and belong to
+/// A region in which autocast is on, from [`Autocast::enter`] until this is dropped. Regions do not nest, and belong to
 /// the thread that entered them.
 pub struct Autocast {
     device: ffi::DeviceType,
-    // Autocast is a property of a thread: the guard stays on the one that entered.
+    // Autocast is a property of a thread: this must not leave it.
     _thread: std::marker::PhantomData<*const ()>,
 }
 
@@ -52,7 +53,7 @@ impl Autocast {
             AutocastDtype::Half => ffi::Dtype::Half,
             AutocastDtype::BFloat16 => ffi::Dtype::BFloat16,
         };
-        // SAFETY: a device and a dtype that the shim takes.
+        // SAFETY: plain numbers.
         ffi::check(unsafe { ffi::bbt_autocast_enter(device, dtype) })?;
         Ok(Self { device, _thread: std::marker::PhantomData })
     }
@@ -60,8 +61,7 @@ impl Autocast {
 
 impl Drop for Autocast {
     fn drop(&mut self) {
-        // SAFETY: the same device that was entered. There is no way to report an error from here, and
-        // none arises: the call only sets thread-local state.
+        // SAFETY: a plain number. The call only sets thread-local state: there is no error to report.
         let _ = ffi::check(unsafe { ffi::bbt_autocast_exit(self.device) });
     }
 }

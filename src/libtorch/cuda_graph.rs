@@ -1,11 +1,11 @@
-//! What the host launches once, the device repeats by itself: CUDA graphs, as `torch.cuda.graph` records them.
+//! CUDA graphs: work that is recorded once, as by `torch.cuda.graph`, and then launched as a whole.
 
 use std::ffi::{c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{Error, ffi};
 
-/// Work for a CUDA device, recorded.
+/// A recording of what was launched on a CUDA device.
 #[derive(Debug)]
 pub struct CudaGraph(*mut c_void);
 
@@ -13,17 +13,17 @@ pub struct CudaGraph(*mut c_void);
 unsafe impl Send for CudaGraph {}
 
 impl CudaGraph {
-    /// Records what `work` launches on the device of number `device`. Nothing of it runs, here or there: what `work`
-    /// returns are tensors that [`CudaGraph::replay`] fills, over and over. Whatever it reads and writes must stay where
-    /// it is in memory; it must not wait for the device.
+    /// Records what `work` launches on CUDA device `device`, without running it: each [`CudaGraph::replay`] fills the
+    /// tensors that `work` returns. All that `work` reads and writes must stay at its address, and `work` must not wait
+    /// for the device.
     ///
     /// # Errors
-    /// No such device; `work`'s own error or panic; what CUDA cannot record. The device is then as it was.
+    /// There is no such device; `work` fails or panics; CUDA cannot record an operation. The device is then unchanged.
     pub fn capture<T>(device: usize, work: impl FnOnce() -> Result<T, Error>) -> Result<(Self, T), Error> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: room for one pointer, which is ours to free.
         ffi::check(unsafe { ffi::bbt_cuda_graph_begin(device as c_int, &mut graph) })?;
-        // From here on dropped in any case, which ends a recording that is still under way.
+        // Dropping it, also after an error, ends a recording that is still under way.
         let graph = Self(graph);
         let made =
             catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Error::from_panic(panic.as_ref())))?;
@@ -32,10 +32,10 @@ impl CudaGraph {
         Ok((graph, made))
     }
 
-    /// Runs what was recorded, after what the device has been given so far.
+    /// Launches the recording behind the work that the device already has.
     ///
     /// # Errors
-    /// CUDA's own.
+    /// CUDA's own error.
     pub fn replay(&self) -> Result<(), Error> {
         // SAFETY: the shim's live object, whose recording has ended.
         ffi::check(unsafe { ffi::bbt_cuda_graph_replay(self.0) })

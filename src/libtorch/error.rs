@@ -4,10 +4,10 @@ use std::any::Any;
 
 use tch::TchError;
 
-/// A call into libtorch that failed, with libtorch's own words.
+/// A call into libtorch failed; the text is libtorch's.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There was not as much memory as was asked for, on the host or on a device.
+    /// The host or a device has less memory than was asked for.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
     /// Anything else.
@@ -15,8 +15,8 @@ pub enum Error {
     Other(String),
 }
 
-/// How libtorch's allocators, CUDA's libraries and C++ itself say that there is no memory. libtorch has an exception
-/// class for the GPU's allocator only, and tch passes on nothing but text.
+/// How libtorch's allocators, CUDA's libraries and C++ say that there is no memory. Text is all there is to go by:
+/// libtorch has an exception class only for the GPU's allocator, and tch passes on only the text.
 const OUT_OF_MEMORY: [&str; 5] =
     ["out of memory", "Out of Memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "bad_alloc"];
 
@@ -30,15 +30,15 @@ impl Error {
         }
     }
 
-    /// libtorch's own words.
+    /// libtorch's own text.
     pub fn text(&self) -> &str {
         match self {
             Self::OutOfMemory(text) | Self::Other(text) => text,
         }
     }
 
-    /// What a panic says: tch's operators panic where libtorch fails. Only the first line, which says what; libtorch's
-    /// C++ frames follow it.
+    /// The error that a panic reports: tch's operators panic if libtorch fails. The first line says what; it is
+    /// followed by C++ frames, which are left out.
     pub fn from_panic(payload: &(dyn Any + Send)) -> Self {
         Self::new(first_line(&panic_text(payload)))
     }
@@ -50,7 +50,7 @@ impl From<TchError> for Error {
     }
 }
 
-/// What a panic was called with.
+/// The message of a panic.
 pub(super) fn panic_text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
     text.unwrap_or("a panic without a message").to_string()
@@ -62,7 +62,7 @@ fn first_line(text: &str) -> String {
     text.lines().find(|line| !line.trim().is_empty()).unwrap_or("an error without a message").to_string()
 }
 
-/// The value, or a panic where libtorch failed: for forward passes, in which every operation of tch does so.
+/// The value, or a panic if libtorch failed: for forward passes, in which every operation of tch panics.
 #[track_caller]
 pub(crate) fn or_panic<T>(result: Result<T, Error>) -> T {
     match result {
@@ -89,7 +89,7 @@ mod tests {
         let payload = catch_unwind(|| huge().unwrap()).unwrap_err();
         let error = Error::from_panic(payload.as_ref());
         assert!(matches!(&error, Error::OutOfMemory(text) if text.lines().count() == 1), "{error}");
-        // Told on as text by what it went through.
+        // It stays so when it is passed on as text.
         assert!(matches!(Error::new(error.to_string()), Error::OutOfMemory(_)));
     }
 

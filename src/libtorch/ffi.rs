@@ -1,5 +1,5 @@
-//! The C interface of `shim/shim.h`, and how its messages become [`Error`]s. `tests/it/shim.rs` compiles the
-//! declarations of both files against each other.
+//! The C interface of `shim/shim.h`, and how its messages become [`Error`]s. `tests/it/shim.rs` compares the
+//! declarations of the two files.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -7,9 +7,8 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::Error;
-use super::cpu_kernels::CpuKernels;
 
-/// Kinds of devices, as in `shim/numbers.h`.
+/// A kind of device, as in `shim/numbers.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum DeviceType {
@@ -17,22 +16,13 @@ pub enum DeviceType {
     Cuda,
 }
 
-/// Dtypes that kernels compute in, as in `shim/numbers.h`.
+/// A floating-point dtype, as in `shim/numbers.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Dtype {
     Float,
     BFloat16,
     Half,
-}
-
-/// What precedes the quantization of a layer's input, as in `shim/numbers.h`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Prologue {
-    None,
-    RmsNorm,
-    SwiGlu,
 }
 
 pub type Recompute =
@@ -50,47 +40,6 @@ unsafe extern "C" {
         closure: *mut c_void,
         input: *const C_tensor,
         output: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_causal_attention(
-        kernels: CpuKernels,
-        q: *const C_tensor,
-        k: *const C_tensor,
-        v: *const C_tensor,
-        out: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_ternary_weight(
-        kernels: CpuKernels,
-        w: *const C_tensor,
-        codes: *mut *mut C_tensor,
-        gamma: *mut *mut C_tensor,
-        packed: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_bit_linear(
-        kernels: CpuKernels,
-        x: *const C_tensor,
-        prologue: Prologue,
-        norm_weight: *const C_tensor,
-        eps: f64,
-        weights: *const *const C_tensor,
-        outs: *const i64,
-        n: usize,
-        clipped: c_int,
-        dtype: Dtype,
-        outputs: *mut *mut C_tensor,
-        scales: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_rope(
-        kernels: CpuKernels,
-        x: *const C_tensor,
-        cos: *const C_tensor,
-        sin: *const C_tensor,
-        out: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_cross_entropy_mean(
-        kernels: CpuKernels,
-        logits: *const C_tensor,
-        targets: *const C_tensor,
-        out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_mark_written(tensors: *const *const C_tensor, n: usize) -> *mut c_char;
     pub fn bbt_is_grad_enabled() -> c_int;
@@ -124,26 +73,6 @@ unsafe extern "C" {
         found_inf: *const C_tensor,
         inverse_scale: *const C_tensor,
     ) -> *mut c_char;
-    pub fn bbt_adamw8bit(
-        kernels: CpuKernels,
-        params: *const *const C_tensor,
-        grads: *const *const C_tensor,
-        codes1: *const *const C_tensor,
-        absmax1: *const *const C_tensor,
-        codes2: *const *const C_tensor,
-        absmax2: *const *const C_tensor,
-        steps: *const *const C_tensor,
-        n: usize,
-        book1: *const *const C_tensor,
-        book2: *const *const C_tensor,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        eps: f64,
-        found_inf: *const C_tensor,
-    ) -> *mut c_char;
-    pub fn bbt_bitsandbytes(path: *mut *mut c_char, why: *mut *mut c_char) -> *mut c_char;
     pub fn bbt_set_grad(tensor: *const C_tensor, grad: *const C_tensor) -> *mut c_char;
     pub fn bbt_store_new(
         host: *const c_char,
@@ -201,16 +130,14 @@ unsafe extern "C" {
         overlap: *mut i64,
     ) -> *mut c_char;
     pub fn bbt_cuda_memory(index: c_int, free: *mut u64, total: *mut u64, peak: *mut u64) -> *mut c_char;
-    pub fn bbt_cuda_name(index: c_int, name: *mut c_char, size: c_int) -> *mut c_char;
-    pub fn bbt_cuda_kernels(architecture: *const c_char, cache: *const c_char, bytes: *mut usize) -> *mut c_char;
 }
 
-/// Turns what a shim function returned into a result.
+/// The result of a shim function that returned `message`: null is success.
 pub fn check(message: *mut c_char) -> Result<(), Error> {
     self::message(message).map_or(Ok(()), |text| Err(Error::new(text)))
 }
 
-/// A text of the shim's, which is freed; none where it is null.
+/// Takes a text that the shim allocated, and frees it; none where the pointer is null.
 pub fn message(text: *mut c_char) -> Option<String> {
     if text.is_null() {
         return None;

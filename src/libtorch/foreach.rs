@@ -21,7 +21,7 @@ pub struct AdamWStep {
 /// One fused AdamW step over all parameters, in place.
 ///
 /// `params`, `grads`, `exp_avgs` and `exp_avg_sqs` have equal shapes pairwise; `steps` are fp32 `[]`
-/// on the parameters' device. Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included.
+/// on the parameters' device. If `found_inf` (fp32 `[]`) is 1, nothing changes, the step counts included.
 ///
 /// # Errors
 /// Lists of different lengths, or libtorch's own error.
@@ -38,7 +38,7 @@ pub fn fused_adamw(
     if [grads.len(), exp_avgs.len(), exp_avg_sqs.len(), steps.len()] != [n; 4] {
         return Err(Error::Other("fused_adamw needs lists of one length".into()));
     }
-    // libtorch refuses empty lists, here and below; a rank may have no part of the parameters.
+    // libtorch refuses empty lists, here and below, but a rank may own none of the parameters.
     if n == 0 {
         return Ok(());
     }
@@ -71,7 +71,7 @@ pub fn fused_adamw(
 /// taken as one vector, as `torch.nn.utils.get_total_norm` computes it. Of none, `[0]` on the CPU.
 ///
 /// # Errors
-/// libtorch's own.
+/// libtorch's own error.
 pub fn foreach_norms(tensors: &[Tensor]) -> Result<Tensor, Error> {
     if tensors.is_empty() {
         return Ok(Tensor::zeros([0], (Kind::Float, Device::Cpu)));
@@ -100,8 +100,8 @@ pub fn foreach_mul(tensors: &[Tensor], factor: &Tensor) -> Result<(), Error> {
     ffi::check(unsafe { ffi::bbt_foreach_mul(list.as_ptr(), list.len(), factor.as_ptr()) })
 }
 
-/// Multiplies all `grads` by `inverse_scale` in place and sets `found_inf` to 1 where any element is
-/// not finite (`GradScaler.unscale_`). Both scalars are fp32 `[]` or `[1]`.
+/// Multiplies all `grads` by `inverse_scale` in place, and sets `found_inf` to 1 if any element is not
+/// finite (`GradScaler.unscale_`). Both scalars are fp32 `[]` or `[1]`.
 ///
 /// # Errors
 /// libtorch's own error.

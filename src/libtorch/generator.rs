@@ -1,4 +1,4 @@
-//! libtorch's generator of random numbers on the CPU: one for the whole process.
+//! libtorch's random number generator on the CPU, of which the process has one.
 
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
@@ -9,10 +9,10 @@ thread_local! {
     static IS_HELD: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f`, which draws random numbers, while no other thread does: a seed then gives one sequence, whatever other
-/// threads draw. May be nested.
+/// Runs `f`, which draws random numbers, while no other thread may: a seed then gives one sequence, whatever other
+/// threads draw. Calls may be nested.
 pub fn drawing_alone<T>(f: impl FnOnce() -> T) -> T {
-    /// Gives the generator back, also where `f` panics.
+    /// Gives the generator back, also if `f` panics.
     struct Held;
     impl Drop for Held {
         fn drop(&mut self) {

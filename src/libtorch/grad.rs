@@ -1,14 +1,14 @@
-//! What tch does not bind of autograd's bookkeeping.
+//! Autograd's bookkeeping: gradients, version counters, and whether operations are recorded.
 
 use tch::Tensor;
 
 use super::{Error, ffi};
 
-/// Makes `grad` the gradient of `tensor`, of the same shape and dtype: backward then adds to it in place. An undefined
-/// one ([`Tensor::new`]) means none.
+/// Makes `grad` the gradient of `tensor`, with the same shape and dtype: backward then adds to it in place. An
+/// undefined tensor ([`Tensor::new`]) removes the gradient.
 ///
 /// # Errors
-/// libtorch's own, where they do not fit.
+/// The two do not fit.
 pub fn set_grad(tensor: &Tensor, grad: &Tensor) -> Result<(), Error> {
     // SAFETY: two live tensors; libtorch checks that they fit.
     ffi::check(unsafe { ffi::bbt_set_grad(tensor.as_ptr(), grad.as_ptr()) })
@@ -17,7 +17,7 @@ pub fn set_grad(tensor: &Tensor, grad: &Tensor) -> Result<(), Error> {
 /// How often `tensor`, or one that it is a view of, was written to in place: Python's `tensor._version`.
 ///
 /// # Errors
-/// libtorch's own, for a tensor that does not count.
+/// The tensor has no version counter.
 pub fn tensor_version(tensor: &Tensor) -> Result<i64, Error> {
     let mut version = 0;
     // SAFETY: a live tensor, and room for a number.
@@ -25,10 +25,10 @@ pub fn tensor_version(tensor: &Tensor) -> Result<i64, Error> {
     Ok(version)
 }
 
-/// Counts as a write of each of `tensors`: for what wrote into their memory by another way.
+/// Counts one more write to each of `tensors`, for code that wrote into their memory behind libtorch's back.
 ///
 /// # Errors
-/// libtorch's own, for a tensor that does not count.
+/// The tensor has no version counter.
 pub fn mark_written(tensors: &[Tensor]) -> Result<(), Error> {
     let list = ffi::pointers(tensors);
     // SAFETY: a list of live tensors.

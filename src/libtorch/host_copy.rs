@@ -1,4 +1,4 @@
-//! Reading a device's results without making it idle.
+//! Copies from a device to the host that neither of them waits for.
 
 use std::ffi::c_void;
 
@@ -6,19 +6,20 @@ use tch::Tensor;
 
 use super::{Error, ffi};
 
-/// A tensor on its way to the host: the device goes on with what it has been given, and so may the host.
+/// A tensor on its way to the host. Device and host go on working meanwhile.
 #[derive(Debug)]
 pub struct HostCopy(*mut c_void);
 
-// SAFETY: the shim's object is a tensor and an event, both of which any thread may use, and it is used by one at a time.
+// SAFETY: the shim's object is a tensor and an event, both of which any thread may use, and it is used by one at a
+// time.
 unsafe impl Send for HostCopy {}
 
 impl HostCopy {
-    /// Begins to copy `tensor` as it will be when the device has done what it was given so far. Of a tensor on the CPU
-    /// nothing is copied: it must not be written to.
+    /// Starts to copy `tensor`, with the value that it has after the work that the device was given so far. A tensor on
+    /// the CPU is not copied, and must not be written to until [`HostCopy::wait`].
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn start(tensor: &Tensor) -> Result<Self, Error> {
         let mut copy = std::ptr::null_mut();
         // SAFETY: a live tensor, and room for one pointer, which is ours to free.
@@ -26,10 +27,10 @@ impl HostCopy {
         Ok(Self(copy))
     }
 
-    /// Waits until it has arrived: on the CPU, of the tensor's shape and dtype.
+    /// Waits for the copy, and returns it: on the CPU, with the tensor's shape and dtype.
     ///
     /// # Errors
-    /// What the device failed with meanwhile.
+    /// The error with which the device failed meanwhile.
     pub fn wait(&self) -> Result<Tensor, Error> {
         let mut tensor = std::ptr::null_mut();
         // SAFETY: the shim's live object, and room for a pointer to a new tensor, which we own.

@@ -1,5 +1,4 @@
-//! How much memory there is and how much was used: the host's from `/proc`, CUDA's from the caching
-//! allocator.
+//! How much memory there is and how much was used: of the host by `/proc`, of a CUDA device by the caching allocator.
 
 use std::fs;
 
@@ -9,10 +8,10 @@ use crate::cgroup;
 /// Memory of the host, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct HostMemory {
-    /// What this process could still take without swapping: of the machine (`MemAvailable`), and of what its container
-    /// may have.
+    /// What this process could still take without swapping, by the machine (`MemAvailable`) and by its container's
+    /// limit.
     pub available: u64,
-    /// What the container may have in all, where that is what leaves the least.
+    /// The container's limit, if it leaves less than the machine does.
     pub container: Option<u64>,
     /// The most this process has had resident so far (`VmHWM`).
     pub peak: u64,
@@ -23,7 +22,7 @@ pub struct HostMemory {
 pub struct CudaMemory {
     /// Free on the device now, for any process.
     pub free: u64,
-    /// What the device has.
+    /// In all.
     pub total: u64,
     /// The most that this process's tensors have taken so far.
     pub peak: u64,
@@ -52,7 +51,7 @@ fn kib(path: &str, key: &str) -> u64 {
 /// The memory of CUDA device `index`.
 ///
 /// # Errors
-/// libtorch's own, where the device is absent.
+/// There is no such device.
 pub fn cuda_memory(index: usize) -> Result<CudaMemory, Error> {
     let mut memory = CudaMemory { free: 0, total: 0, peak: 0 };
     let index = i32::try_from(index).map_err(|_| Error::Other(format!("no CUDA device {index}")))?;

@@ -1,5 +1,5 @@
-//! Activation checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"):
-//! trade a second forward for the activations, as `torch.utils.checkpoint`.
+//! Activation checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), as
+//! `torch.utils.checkpoint` does it: a second forward in place of the memory for activations.
 
 use std::ffi::{CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,14 +12,14 @@ use super::{Error, ffi};
 
 type Closure = Box<dyn Fn(&Tensor) -> Tensor + Send>;
 
-/// Computes `f(input)` and keeps only `input`; backward calls `f` again, with gradients, and
+/// Computes `f(input)` and keeps only `input`; backward computes `f(input)` once more, with gradients, and
 /// differentiates that. Gradients reach both `input` and the parameters that `f` owns.
 ///
-/// `f` must compute the same thing each time. Autocast is as it was here when `f` runs again.
+/// `f` must compute the same each time. When it runs again, autocast is in the state that it is in here.
 /// `input` must require a gradient, or `f`'s parameters would get none.
 ///
 /// # Errors
-/// Whatever `f` fails with.
+/// `input` requires no gradient; `f` panics.
 pub fn recompute_in_backward(f: impl Fn(&Tensor) -> Tensor + Send + 'static, input: &Tensor) -> Result<Tensor, Error> {
     if !input.requires_grad() {
         return Err(Error::Other("activation checkpointing needs an input that requires a gradient".into()));

@@ -8,9 +8,8 @@ struct CpuBytes {
     len: usize,
 }
 
-// SAFETY: the bytes are only read, and the handle's own reference keeps the storage alive. libtorch's
-// reference counts are atomic. A writer of the same storage elsewhere would race: callers hold the
-// model still while they save it.
+// SAFETY: the bytes are only read, and the handle's own reference keeps the storage alive. libtorch's reference counts
+// are atomic. Writing to the storage meanwhile would be a race: callers change no parameter while they save the model.
 unsafe impl Sync for CpuBytes {}
 
 impl AsRef<[u8]> for CpuBytes {

@@ -5,7 +5,8 @@ use tch::{Kind, Tensor, nn};
 
 use super::Rope;
 use crate::config::{self, ModelConfig, QuantConfig};
-use crate::libtorch::{causal_attention, or_panic};
+use crate::kernels::causal_attention;
+use crate::libtorch::or_panic;
 use crate::quantization::{BitLinear, Input};
 
 /// Causal self-attention over BitLinear projections.

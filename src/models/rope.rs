@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::libtorch::{self, or_panic};
+use crate::kernels;
+use crate::libtorch::or_panic;
 
 /// The angles' cosines and sines for a run of positions.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ impl Rope {
     /// `x`: `[B, T, H, D]` → the same, computed in fp32 and returned in `x`'s dtype.
     pub fn apply(&self, x: &Tensor) -> Tensor {
         if self.fused {
-            return or_panic(libtorch::rope(x, &self.cos, &self.sin));
+            return or_panic(kernels::rope(x, &self.cos, &self.sin));
         }
         let (cos, sin) = (self.cos.unsqueeze(1), self.sin.unsqueeze(1)); // [T, 1, D/2]
         let halves = x.chunk(2, -1);

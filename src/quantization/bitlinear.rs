@@ -16,7 +16,8 @@ use tch::{Device, Kind, Tensor, nn};
 use super::act_quant::row_absmax;
 use super::{Input, TernaryQuantSTE, act_quant, act_quant_per_token, act_quant_through_scale, ternary_quant};
 use crate::config::{ActQuant, ActSte, QuantConfig, Ste, WeightQuant};
-use crate::libtorch::{self, Prologue, TernaryWeight, or_panic};
+use crate::kernels::{self, Prologue, TernaryWeight};
+use crate::libtorch::{self, or_panic};
 
 /// A linear layer over quantized weights and activations.
 #[derive(Debug)]
@@ -135,7 +136,7 @@ impl BitLinear {
         });
         let weights: [_; N] = std::array::from_fn(|i| (layers[i].weight(), &ternary[i]));
         let clipped = layers.iter().all(|layer| layer.quant.ste == Ste::Clipped);
-        let computed = libtorch::bit_linear_and_scales(x, prologue, &weights, clipped, output_kind(x));
+        let computed = kernels::bit_linear(x, prologue, &weights, clipped, output_kind(x));
         let (outputs, scales) = or_panic(computed);
         if layers.iter().any(|layer| layer.is_probed()) {
             let absmax = scales * 127.0;

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::libtorch::{BLOCK, blocks};
+use crate::kernels::{BLOCK, blocks};
 use crate::utils::optim::Piece;
 
 /// Parameters lie one behind the other, each from the beginning of a block of 8-bit moments on, and ranks have the same
@@ -70,7 +70,7 @@ mod tests {
 
     use super::*;
     use crate::config::OptimizerName;
-    use crate::libtorch::Moment8bit;
+    use crate::kernels::Moment8bit;
     use crate::utils::optim::{Moments, OptimizerState};
 
     /// Shapes and numbers of ranks, drawn: parameters around the sizes that matter, more ranks than blocks among them.

@@ -3,7 +3,8 @@
 use tch::{Kind, Reduction, Tensor};
 
 use crate::config::QuantKernel;
-use crate::libtorch::{Error, cross_entropy_mean};
+use crate::kernels::cross_entropy_mean;
+use crate::libtorch::Error;
 
 /// Nats to bits.
 pub const BITS_PER_NAT: f64 = std::f64::consts::LOG2_E;

@@ -2,8 +2,8 @@
 // fuses products and sums, and against fp64; and how bitsandbytes' kernel is called, which is the library that
 // BBT_BITSANDBYTES names. Prints what is wrong; the exit status says whether anything is. With any argument: says which
 // kernel is found.
-#include "../../src/libtorch/shim/adamw8bit.h"
-#include "../../src/libtorch/shim/shim.h"
+#include "../../src/kernels/shim/adamw8bit.h"
+#include "../../src/kernels/shim/kernels.h"
 #include "bitsandbytes.h"
 #include "expect.h"
 

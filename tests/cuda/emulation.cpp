@@ -1,15 +1,15 @@
 // The kernels as the emulation compiles them, and fused_cuda.cpp's launches of them.
 #include "emulation.h"
 
-#include "../../src/libtorch/kernels/cuda/adamw8bit.cu"
-#include "../../src/libtorch/kernels/cuda/cross_entropy.cu"
-#include "../../src/libtorch/kernels/cuda/quantize.cu"
-#include "../../src/libtorch/kernels/cuda/rms_norm.cu"
-#include "../../src/libtorch/kernels/cuda/rope.cu"
-#include "../../src/libtorch/kernels/cuda/scale.cu"
-#include "../../src/libtorch/kernels/cuda/swiglu.cu"
-#include "../../src/libtorch/kernels/cuda/ternary.cu"
-#include "../../src/libtorch/shim/cuda_launch.h"
+#include "../../src/kernels/cuda/adamw8bit.cu"
+#include "../../src/kernels/cuda/cross_entropy.cu"
+#include "../../src/kernels/cuda/quantize.cu"
+#include "../../src/kernels/cuda/rms_norm.cu"
+#include "../../src/kernels/cuda/rope.cu"
+#include "../../src/kernels/cuda/scale.cu"
+#include "../../src/kernels/cuda/swiglu.cu"
+#include "../../src/kernels/cuda/ternary.cu"
+#include "../../src/kernels/shim/cuda_launch.h"
 
 void bbt::cuda::launch(at::Device device, const std::string& name, int64_t blocks, int threads,
                        const void* arguments) {

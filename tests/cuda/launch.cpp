@@ -1,9 +1,9 @@
 // cuda_launch.cpp and nvrtc.cpp with the driver of driver.cpp: kernels are compiled and loaded once for each GPU, and
 // started in its context, on its stream, from any thread. Prints what is wrong, and fails.
-#include "../../src/libtorch/kernels/cuda/arguments.h"
-#include "../../src/libtorch/shim/cuda_launch.h"
-#include "../../src/libtorch/shim/default_stream.h"
-#include "../../src/libtorch/shim/shim.h"
+#include "../../src/kernels/cuda/arguments.h"
+#include "../../src/kernels/shim/cuda_launch.h"
+#include "../../src/kernels/shim/default_stream.h"
+#include "../../src/kernels/shim/kernels.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>

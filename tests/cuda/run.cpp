@@ -4,14 +4,14 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
-#include "../../src/libtorch/shim/numbers.h"
+#include "../../src/kernels/shim/numbers.h"
 
 // One translation unit: libtorch's headers are most of what the compiler reads. The emulation's tensors are the CPU's,
 // for which fused.cpp is to take the table of CUDA.
 #define kCpu kCuda
-#include "../../src/libtorch/shim/fused.cpp"
+#include "../../src/kernels/shim/fused.cpp"
 #undef kCpu
-#include "../../src/libtorch/shim/fused_cuda.cpp"
+#include "../../src/kernels/shim/fused_cuda.cpp"
 #include "expect.h"
 
 #include <cmath>

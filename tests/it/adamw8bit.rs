@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use crate::common::{assert_same_checkpoint, text};
 use bbt::checkpoint::{Dtype, Storage, TensorData, TrainingCheckpoint, Value, convert, torch_file};
 use bbt::config::{Config, ModelConfig, OptimConfig, OptimizerName, Precision};
-use bbt::libtorch::Moment8bit;
+use bbt::kernels::Moment8bit;
 use bbt::training::{Start, Trainer};
 use bbt::utils::optim::{Moments, Optimizer, OptimizerState, dynamic_map};
 use tch::{Device, Kind, Tensor};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use crate::common::has_cuda_libtorch;
-use bbt::libtorch::compile_cuda_kernels;
+use bbt::kernels::compile_cuda_kernels;
 
 /// The only file in `folder`.
 fn only_file(folder: &Path) -> PathBuf {
@@ -121,18 +121,18 @@ fn adamw8bit_is_the_cpus_and_bitsandbytes_gets_what_it_takes() {
     let mut sources: Vec<(&str, &[&str])> = vec![
         ("tests/cuda/emulation.cpp", &checked),
         ("tests/cuda/adamw8bit.cpp", &[]),
-        ("src/libtorch/shim/adamw8bit.cpp", &[]),
-        ("src/libtorch/shim/adamw8bit_cuda.cpp", &[]),
-        ("src/libtorch/shim/bitsandbytes.cpp", &[]),
-        ("src/libtorch/kernels/cpu/adamw8bit_portable.cpp", &["-O2", "-ffp-contract=off"]),
-        ("src/libtorch/kernels/cpu/adamw8bit_lookup.cpp", &[]),
+        ("src/kernels/shim/adamw8bit.cpp", &[]),
+        ("src/kernels/shim/adamw8bit_cuda.cpp", &[]),
+        ("src/kernels/shim/bitsandbytes.cpp", &[]),
+        ("src/kernels/cpu/adamw8bit_portable.cpp", &["-O2", "-ffp-contract=off"]),
+        ("src/kernels/cpu/adamw8bit_lookup.cpp", &[]),
     ];
     // The shim names them.
     if cfg!(target_arch = "x86_64") {
-        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx2.cpp", &["-mavx2", "-mfma"]));
-        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx512.cpp", &["-mavx512f", "-mavx512bw", "-mfma"]));
+        sources.push(("src/kernels/cpu/adamw8bit_avx2.cpp", &["-mavx2", "-mfma"]));
+        sources.push(("src/kernels/cpu/adamw8bit_avx512.cpp", &["-mavx512f", "-mavx512bw", "-mfma"]));
         let bytes = &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vbmi", "-mfma"];
-        sources.push(("src/libtorch/kernels/cpu/adamw8bit_avx512vbmi.cpp", bytes));
+        sources.push(("src/kernels/cpu/adamw8bit_avx512vbmi.cpp", bytes));
     }
     build(&program, &sources, &[]);
     let library = |name: &str, flags: &[&str]| {
@@ -172,8 +172,8 @@ fn launches_are_what_a_driver_takes() {
     let program = folder.path().join("launch");
     let sources: [(&str, &[&str]); 3] = [
         ("tests/cuda/launch.cpp", &[]),
-        ("src/libtorch/shim/cuda_launch.cpp", &[]),
-        ("src/libtorch/shim/nvrtc.cpp", &[]),
+        ("src/kernels/shim/cuda_launch.cpp", &[]),
+        ("src/kernels/shim/nvrtc.cpp", &[]),
     ];
     build(&program, &sources, &[]);
     let cache = folder.path().join("cache");

@@ -1,6 +1,6 @@
-//! The C interface between Rust and the C++ shim is declared twice: in src/libtorch/ffi.rs, which only Rust's compiler
-//! reads, and in src/libtorch/shim/shim.h, which only C++'s does. A difference would be undefined behaviour, and no error.
-//! So the declarations of ffi.rs are written as C++ here, and a C++ compiler compares them with those of shim.h.
+//! The C interfaces of the rooms `libtorch` and `kernels` are declared twice: in ffi.rs, which only Rust's compiler
+//! reads, and in a header, which only C++'s does. A difference would be undefined behaviour, and no error. So the
+//! declarations of ffi.rs are written as C++ here, and a C++ compiler compares them with those of the header.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -12,7 +12,7 @@ use syn::{ForeignItem, Item, ReturnType, Type};
 use super::cuda_kernels::compiler;
 
 fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/libtorch").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(name)
 }
 
 fn items(name: &str) -> Vec<Item> {
@@ -62,9 +62,9 @@ fn pointer_to_function<'a>(output: &ReturnType, inputs: impl Iterator<Item = &'a
     format!("{output} (*)({})", inputs.map(cpp).collect::<Vec<_>>().join(", "))
 }
 
-/// The functions that shim.h declares.
-fn declared() -> BTreeSet<String> {
-    let text = fs::read_to_string(source("shim/shim.h")).expect("a header");
+/// The functions that the header declares.
+fn declared(header: &str) -> BTreeSet<String> {
+    let text = fs::read_to_string(source(header)).expect("a header");
     let code: String = text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
     let names = code.match_indices("bbt_").filter_map(|(at, _)| {
         let end = at + code[at..].find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))?;
@@ -74,13 +74,25 @@ fn declared() -> BTreeSet<String> {
 }
 
 #[test]
-fn rust_and_cpp_declare_the_same_interface() {
-    let mut program = format!("#include \"{}\"\n#include <type_traits>\n", source("shim/shim.h").display());
+fn rust_and_cpp_declare_the_same_interface_to_libtorch() {
+    compare("libtorch/shim/shim.h", "libtorch/ffi.rs", &["libtorch/ffi.rs"], &["DeviceType", "Dtype"], 30);
+}
+
+#[test]
+fn rust_and_cpp_declare_the_same_interface_to_the_kernels() {
+    let enumerations = ["kernels/ffi.rs", "kernels/cpu_kernels.rs"];
+    compare("kernels/shim/kernels.h", "kernels/ffi.rs", &enumerations, &["Prologue", "CpuKernels"], 8);
+}
+
+/// Compares the functions of `header` with those of `ffi`, at least `at_least`, and the enumerations in `enum_files`,
+/// which are those of these names, with C++'s.
+fn compare(header: &str, ffi: &str, enum_files: &[&str], enum_names: &[&str], at_least: usize) {
+    let mut program = format!("#include \"{}\"\n#include <type_traits>\n", source(header).display());
     let mut functions = BTreeSet::new();
     let mut same = |a: &str, b: &str, what: &str| {
         writeln!(program, "static_assert(std::is_same_v<{a}, {b}>, \"{what}\");").unwrap();
     };
-    for item in items("ffi.rs") {
+    for item in items(ffi) {
         match item {
             Item::ForeignMod(block) => {
                 for item in block.items {
@@ -101,11 +113,11 @@ fn rust_and_cpp_declare_the_same_interface() {
             _ => {}
         }
     }
-    assert!(functions.len() > 40, "{functions:?}");
-    assert_eq!(functions, declared(), "ffi.rs on the left, shim.h on the right");
+    assert!(functions.len() >= at_least, "{functions:?}");
+    assert_eq!(functions, declared(header), "{ffi} on the left, {header} on the right");
 
     let mut enumerations = vec![];
-    for item in ["ffi.rs", "cpu_kernels.rs"].into_iter().flat_map(items) {
+    for item in enum_files.iter().flat_map(|file| items(file)) {
         let Item::Enum(item) = item else { continue };
         let name = format!("bbt::{}", item.ident);
         writeln!(program, "static_assert(std::is_same_v<std::underlying_type_t<{name}>, int>, \"{name}\");").unwrap();
@@ -122,7 +134,7 @@ fn rust_and_cpp_declare_the_same_interface() {
         }
         enumerations.push(name);
     }
-    assert_eq!(enumerations, ["bbt::DeviceType", "bbt::Dtype", "bbt::Prologue", "bbt::CpuKernels"]);
+    assert_eq!(enumerations, enum_names.iter().map(|name| format!("bbt::{name}")).collect::<Vec<_>>());
 
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("interface.cpp");

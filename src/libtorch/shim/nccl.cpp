@@ -1,6 +1,6 @@
 // c10d's NCCL backend. Its headers want those of NCCL and CUDA; where build.rs has not found them, this build
 // says so when NCCL is asked for.
-#include "distributed.h"
+#include "c10d.h"
 
 #ifdef BBT_NCCL
 

@@ -1,5 +1,5 @@
 // c10d's process groups: Gloo for tensors on the CPU, NCCL (or Gloo) for those on a CUDA device.
-#include "distributed.h"
+#include "c10d.h"
 #include "shim.h"
 
 #define USE_C10D_GLOO

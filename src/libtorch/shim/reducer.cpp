@@ -1,6 +1,6 @@
 // c10d's Reducer, the engine of torch.nn.parallel.DistributedDataParallel: gradients are averaged bucket by bucket
 // while backward still runs.
-#include "distributed.h"
+#include "c10d.h"
 #include "shim.h"
 
 #include <torch/csrc/distributed/c10d/logger.hpp>

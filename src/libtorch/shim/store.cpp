@@ -1,5 +1,5 @@
 // c10d's TCPStore: the key-value store by which ranks find each other.
-#include "distributed.h"
+#include "c10d.h"
 #include "shim.h"
 
 #include <c10/util/Logging.h>

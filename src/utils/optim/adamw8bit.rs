@@ -5,7 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::Piece;
 use super::adamw::{self, AdamWState};
-use crate::libtorch::{self, AdamWStep, CodeBook, Error, Moment8bit};
+use crate::kernels::{self, CodeBook, Moment8bit};
+use crate::libtorch::{AdamWStep, Error};
 
 /// Parameters of fewer elements keep fp32 moments.
 const MIN_8BIT_SIZE: i64 = 4096;
@@ -183,7 +184,7 @@ impl AdamW8bit {
             adamw::step(&full.params, &full.grads, &small, step, found_inf)?;
         }
         let books = [&self.books[0], &self.books[1]];
-        libtorch::adamw8bit(&quantized.params, &quantized.grads, &moments, &quantized.steps, books, step, found_inf)
+        kernels::adamw8bit(&quantized.params, &quantized.grads, &moments, &quantized.steps, books, step, found_inf)
     }
 }
 

@@ -13,7 +13,8 @@ pub use piece::Piece;
 use tch::{Device, Tensor};
 
 use crate::config::{Config, OptimConfig, OptimizerName};
-use crate::libtorch::{self, AdamW8bitKernel, AdamWStep, Error};
+use crate::kernels::AdamW8bitKernel;
+use crate::libtorch::{self, AdamWStep, Error};
 
 /// Whose kernel the optimizer of `config` takes on `device`; none where it is not a matter of choice.
 ///

@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 /// Neighbouring elements of one parameter, taken flat. It begins on a block boundary of the parameter, and ends on one
-/// or with it, so that no block of 8-bit moments ([`crate::libtorch::BLOCK`]) is divided.
+/// or with it, so that no block of 8-bit moments ([`crate::kernels::BLOCK`]) is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
     /// Which parameter, in PyTorch's order.

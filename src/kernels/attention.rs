@@ -4,7 +4,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::cpu_kernels::CpuKernels;
-use super::{Error, ffi};
+use super::ffi;
+use crate::libtorch::Error;
 
 /// softmax(q kᵀ / sqrt(D)) v, where a query sees the keys up to its own position. Differentiable once. The result,
 /// and the gradients, are the same bits for any number of threads.
@@ -19,7 +20,7 @@ use super::{Error, ffi};
 /// not reach inside.
 ///
 /// # Errors
-/// Other dtypes, shapes or devices; a value of `BBT_CPU_KERNELS` that is none.
+/// Other dtypes, shapes or devices; an unknown value of `BBT_CPU_KERNELS`.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, Error> {
     causal_attention_with(CpuKernels::chosen()?, q, k, v)
 }
@@ -63,7 +64,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::libtorch::random;
+    use crate::kernels::testing;
     use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward};
 
     /// q, k, v and the gradient of the output, as views of [B, T, H, D].
@@ -86,7 +87,7 @@ mod tests {
     impl Inputs {
         fn random(shape: Shape, kind: Kind) -> Self {
             let Shape { b, h, kv, t, d } = shape;
-            let new = |heads| random::randn(&[b, t, heads, d]).to_kind(kind).transpose(1, 2);
+            let new = |heads| testing::randn(&[b, t, heads, d]).to_kind(kind).transpose(1, 2);
             Self { q: new(h), k: new(kv), v: new(kv), dout: new(h) }
         }
 
@@ -119,7 +120,7 @@ mod tests {
     }
 
     fn kernels() -> impl Iterator<Item = CpuKernels> {
-        crate::libtorch::cpu_kernels::tests::runnable()
+        crate::kernels::cpu_kernels::tests::runnable()
     }
 
     /// The norm of the difference, relative to that of what is expected.
@@ -155,7 +156,7 @@ mod tests {
 
     #[test]
     fn fp32_is_the_formula_to_rounding() {
-        random::seed();
+        testing::seed();
         for shape in shapes() {
             let inputs = Inputs::random(shape, Kind::Float);
             let expected = inputs.exact();
@@ -176,7 +177,7 @@ mod tests {
 
     #[test]
     fn bf16_is_as_close_as_libtorch() {
-        random::seed();
+        testing::seed();
         for shape in shapes().into_iter().filter(|shape| shape.t > 1) {
             let inputs = Inputs::random(shape, Kind::BFloat16);
             let expected = inputs.exact();
@@ -199,7 +200,7 @@ mod tests {
 
     #[test]
     fn any_strides() {
-        random::seed();
+        testing::seed();
         let shape = Shape { b: 2, h: 4, kv: 2, t: 70, d: 32 };
         let inputs = Inputs::random(shape, Kind::Float);
         let run = |inputs: &Inputs, layout: fn(&Tensor) -> Tensor| {
@@ -225,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_result_lies_as_batch_time_heads() {
-        random::seed();
+        testing::seed();
         let inputs = Inputs::random(Shape { b: 2, h: 3, kv: 3, t: 10, d: 16 }, Kind::Float);
         let q = inputs.q.detach().set_requires_grad(true);
         let out = causal_attention(&q, &inputs.k, &inputs.v).unwrap();
@@ -235,7 +236,7 @@ mod tests {
 
     #[test]
     fn large_scores_stay_finite() {
-        random::seed();
+        testing::seed();
         let shape = Shape { b: 1, h: 2, kv: 2, t: 130, d: 64 };
         for (kind, size) in [(Kind::Float, 1e3), (Kind::Float, 1e15), (Kind::BFloat16, 1e3), (Kind::BFloat16, 1e15)] {
             let inputs = Inputs::random(shape, kind);
@@ -252,7 +253,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_number_does_not_get_lost() {
-        random::seed();
+        testing::seed();
         let inputs = Inputs::random(Shape { b: 1, h: 1, kv: 1, t: 70, d: 32 }, Kind::Float);
         let _ = inputs.k.get(0).get(0).get(5).fill_(f64::NAN);
         for kernels in kernels() {
@@ -265,7 +266,7 @@ mod tests {
 
     #[test]
     fn the_same_bits_with_any_number_of_threads() {
-        random::seed();
+        testing::seed();
         // Fewer heads than tasks, as many, and more.
         let shapes = [(1, 1, 1, 300), (1, 6, 2, 200), (4, 6, 6, 130), (5, 6, 6, 65)];
         let threads = tch::get_num_threads();
@@ -286,7 +287,7 @@ mod tests {
 
     #[test]
     fn inside_recomputation_and_autocast() {
-        random::seed();
+        testing::seed();
         let inputs = Inputs::random(Shape { b: 2, h: 2, kv: 2, t: 70, d: 32 }, Kind::BFloat16);
         let plain = inputs.run(Kind::BFloat16, |q, k, v| causal_attention(q, k, v).unwrap());
         let recomputed = inputs.run(Kind::BFloat16, |q, k, v| {
@@ -301,7 +302,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        random::seed();
+        testing::seed();
         let new = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
         let q = new(&[1, 4, 8, 16], Kind::Float);
         for k in [new(&[1, 3, 8, 16], Kind::Float), new(&[1, 4, 9, 16], Kind::Float), new(&[4, 8, 16], Kind::Float)] {

@@ -5,7 +5,8 @@ use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::{Error, ffi};
+use super::ffi;
+use crate::libtorch::Error;
 
 /// Compiles the CUDA kernels for `architecture` (`sm_90`: compute capability 9.0), or finds them in the folder `cache`,
 /// which it creates. No GPU is needed. Returns how many bytes of machine code they are.

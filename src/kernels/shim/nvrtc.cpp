@@ -3,7 +3,7 @@
 #include "nvrtc.h"
 
 #include "dynamic_library.h"
-#include "shim.h"
+#include "kernels.h"
 
 #include <unistd.h>
 

@@ -2,8 +2,8 @@
 // cut by the shapes alone, and every sum has one order: the number of threads does not change a bit.
 #include "fused.h"
 
-#include "../kernels/cpu/int8_product.h"
-#include "../kernels/cpu/rows.h"
+#include "../cpu/int8_product.h"
+#include "../cpu/rows.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -2,7 +2,7 @@
 // libtorch (cuBLASLt).
 #include "fused.h"
 
-#include "../kernels/cuda/arguments.h"
+#include "../cuda/arguments.h"
 #include "cuda_launch.h"
 
 #include <ATen/ops/_int_mm.h>

@@ -3,7 +3,7 @@
 #include "cuda_launch.h"
 
 #include "nvrtc.h"
-#include "shim.h"
+#include "kernels.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>

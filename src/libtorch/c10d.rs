@@ -1,8 +1,7 @@
-//! torch's own distributed engine, c10d: the store by which ranks find each other, process groups (NCCL, Gloo)
-//! and the Reducer of `DistributedDataParallel`.
+//! PyTorch's distributed engine, c10d: the store through which ranks find each other, process groups (NCCL, Gloo) and
+//! the Reducer of `DistributedDataParallel`.
 //!
-//! Teardown goes the way back: a [`Reducer`] before its [`ProcessGroup`], that before its [`Store`]; each
-//! holds what it needs, so dropping them in any order is sound.
+//! A [`Reducer`] holds its [`ProcessGroup`], and that its [`Store`], so they may be dropped in any order.
 
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
@@ -22,7 +21,7 @@ fn c_string(text: &str) -> Result<CString, Error> {
     CString::new(text).map_err(|_| Error::Other(format!("`{text}` holds a NUL byte")))
 }
 
-/// A handle of the shim, dropped once by `free`.
+/// An object of the shim, which `free` drops once.
 #[derive(Debug)]
 struct Handle {
     raw: *mut c_void,
@@ -40,18 +39,19 @@ impl Drop for Handle {
     }
 }
 
-/// A key-value store that all ranks share (`c10d::TCPStore`): one process holds it, the others connect.
+/// A key-value store that all ranks share (`c10d::TCPStore`): one process serves it, the others connect.
 #[derive(Debug)]
 pub struct Store {
     handle: Handle,
     port: u16,
 }
 
-// SAFETY: a TCPStore does one operation at a time under its own lock, a PrefixStore only adds to the key.
+// SAFETY: a TCPStore does one operation at a time, under its own lock; a PrefixStore only changes the key.
 unsafe impl Sync for Store {}
 
 impl Store {
-    /// Holds a store at `host`:`port`; port 0 is any free one. `host` is this machine, as the others see it.
+    /// Serves a store at `host`:`port`, or at any free port for 0. `host` is this machine's name or address for the
+    /// others.
     ///
     /// # Errors
     /// The port is in use, or `host` is not this machine.
@@ -59,17 +59,16 @@ impl Store {
         Self::within(host, port, true, timeout, "")
     }
 
-    /// Connects to the store at `host`:`port`, waiting for it up to `timeout`. Keys are put behind `prefix`.
+    /// Connects to the store at `host`:`port`, waiting up to `timeout` for it. `prefix` is put before every key.
     ///
     /// # Errors
-    /// Nobody answers there.
+    /// Nobody answers at this address.
     pub fn connect(host: &str, port: u16, timeout: Duration, prefix: &str) -> Result<Self, Error> {
         Self::within(host, port, false, timeout, prefix)
     }
 
-    /// [`Store::new`], given up after `timeout`. c10d's own timeout bounds the connection, but not the answer to its
-    /// greeting: it would wait for ever for somebody who accepts connections and says nothing. The thread that waits
-    /// is then left behind.
+    /// [`Store::new`] with a limit of `timeout`. c10d's own timeout does not cover the handshake: it would wait for
+    /// ever for a server that accepts connections and sends nothing. The waiting thread is left behind in that case.
     fn within(host: &str, port: u16, server: bool, timeout: Duration, prefix: &str) -> Result<Self, Error> {
         let (tell, told) = mpsc::channel();
         let (own_host, own_prefix) = (host.to_string(), prefix.to_string());
@@ -104,7 +103,7 @@ impl Store {
         Ok(Self { handle: Handle { raw, free: ffi::bbt_store_free }, port: actual })
     }
 
-    /// The port it is at.
+    /// The port that the store is at.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -122,7 +121,7 @@ impl Store {
     /// The value of `key`, waiting up to `timeout` until somebody has set it.
     ///
     /// # Errors
-    /// Nobody did, or the store is gone.
+    /// Nobody set it in time, or the store is gone.
     pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, Error> {
         let key = c_string(key)?;
         let (mut value, mut n) = (ptr::null_mut(), 0);
@@ -161,7 +160,7 @@ impl Store {
     }
 }
 
-/// Which engine carries tensors of a CUDA device between ranks. Those of the CPU go by Gloo.
+/// The backend for tensors on a CUDA device. Tensors on the CPU always use Gloo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// TCP through host memory.
@@ -170,14 +169,14 @@ pub enum Backend {
     Nccl,
 }
 
-/// The ranks of a run, and the collectives among them. Every rank must call the same ones in the same order.
-/// They run on the device of the tensor, and block (on CUDA: the current stream) until done.
+/// The ranks of a run and their collectives, which every rank must call in the same order. A collective runs on the
+/// tensor's device, and blocks the caller, or on CUDA the current stream, until it is done.
 #[derive(Debug)]
 pub struct ProcessGroup {
     handle: Handle,
 }
 
-/// How values of ranks become one.
+/// How a collective combines the ranks' values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {
     /// Their sum.
@@ -187,11 +186,11 @@ pub enum ReduceOp {
 }
 
 impl ProcessGroup {
-    /// Joins the group as `rank` of `size`; waits for the others up to `timeout`, which also bounds each
-    /// collective. `device` is where this rank's model lives.
+    /// Joins the group as `rank` of `size`, waiting up to `timeout` for the others; each collective has the same limit.
+    /// `device` is that of this rank's model.
     ///
     /// # Errors
-    /// A rank is missing, or this build or machine lacks the backend.
+    /// A rank is missing; this build or machine lacks the backend.
     pub fn new(
         store: &Store,
         rank: usize,
@@ -229,12 +228,12 @@ impl ProcessGroup {
         ffi::check(unsafe { ffi::bbt_all_reduce(self.handle.raw, tensor.as_ptr(), c_int::from(op == ReduceOp::Max)) })
     }
 
-    /// Copies rank `root`'s `tensors` into those of every rank, which are of the same kinds and shapes.
+    /// Copies rank `root`'s `tensors` into those of every rank, which have the same dtypes and shapes.
     ///
     /// # Errors
     /// As [`ProcessGroup::all_reduce`].
     pub fn broadcast(&self, tensors: &[Tensor], root: usize) -> Result<(), Error> {
-        // c10d refuses an empty list. It is empty on every rank.
+        // c10d refuses an empty list. If it is empty, it is so on every rank.
         if tensors.is_empty() {
             return Ok(());
         }
@@ -244,7 +243,8 @@ impl ProcessGroup {
         ffi::check(unsafe { ffi::bbt_broadcast(self.handle.raw, list.as_ptr(), list.len(), root as c_int) })
     }
 
-    /// Lays the `input`s of all ranks, in their order, into `output` on every rank: `[n]` → `[size · n]`.
+    /// Concatenates the `input`s of all ranks, in the order of ranks, into `output` on every rank: `[n]` → `[size ·
+    /// n]`.
     ///
     /// # Errors
     /// As [`ProcessGroup::all_reduce`].
@@ -253,7 +253,7 @@ impl ProcessGroup {
         ffi::check(unsafe { ffi::bbt_all_gather(self.handle.raw, output.as_ptr(), input.as_ptr()) })
     }
 
-    /// Sums the `input`s of all ranks and gives each its part: `[size · n]` → `[n]`.
+    /// Sums the `input`s of all ranks, and stores each rank's part in its `output`: `[size · n]` → `[n]`.
     ///
     /// # Errors
     /// As [`ProcessGroup::all_reduce`].
@@ -262,7 +262,7 @@ impl ProcessGroup {
         ffi::check(unsafe { ffi::bbt_reduce_scatter(self.handle.raw, output.as_ptr(), input.as_ptr()) })
     }
 
-    /// Returns once every rank is here.
+    /// Returns when every rank has called this.
     ///
     /// # Errors
     /// As [`ProcessGroup::all_reduce`].
@@ -274,38 +274,37 @@ impl ProcessGroup {
 
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
-        // SAFETY: a live group, freed right after. Its threads and connections end here; what that fails with
-        // (a connection that another rank has closed already) concerns nobody any more.
+        // SAFETY: a live group, freed right after. This ends its threads and connections. An error is ignored: a
+        // connection may have been closed by another rank already.
         let _ = ffi::check(unsafe { ffi::bbt_process_group_shutdown(self.handle.raw) });
     }
 }
 
-/// c10d's Reducer: hooks on the parameters' gradients that average them over ranks, bucket by bucket, while
-/// backward still runs. Gradients become views of the buckets.
+/// c10d's Reducer: hooks on the parameters' gradients, which average them over ranks bucket by bucket while backward
+/// still runs. The gradients become views of the buckets.
 #[derive(Debug)]
 pub struct Reducer {
     handle: Handle,
 }
 
-/// Where the time of the measured steps went, in seconds, on average. Backward is `backward`, of which
-/// `overlap` had communication under way; communication took `communication`, from the first bucket to the last.
+/// Average times of the measured steps, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ReducerTimes {
-    /// Forward of the synchronising micro-batch.
+    /// The forward pass of the micro-batch whose gradients are averaged.
     pub forward: f64,
-    /// Its backward, without waiting for communication to end.
+    /// Its backward pass, without the wait for the end of communication.
     pub backward: f64,
-    /// From the first bucket's start to the last one's end.
+    /// Communication, from the start of the first bucket to the end of the last.
     pub communication: f64,
-    /// The part of it during which backward still ran.
+    /// The part of `communication` during which backward still ran.
     pub overlap: f64,
 }
 
 impl Reducer {
-    /// Hooks for `params`, in PyTorch's order, all on one device. Buckets hold up to `bucket_bytes`.
+    /// Adds hooks to `params`, which are in PyTorch's order and on one device. A bucket holds up to `bucket_bytes`.
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn new(group: &ProcessGroup, params: &[Tensor], bucket_bytes: i64) -> Result<Self, Error> {
         let list = ffi::pointers(params);
         let mut raw = ptr::null_mut();
@@ -316,46 +315,47 @@ impl Reducer {
         Ok(Self { handle: Handle { raw, free: ffi::bbt_reducer_free } })
     }
 
-    /// Before each forward whose gradients shall be averaged.
+    /// To be called before each forward pass whose gradients are to be averaged.
     ///
     /// # Errors
-    /// The last reduction did not finish.
+    /// The previous reduction did not finish.
     pub fn prepare_for_forward(&self) -> Result<(), Error> {
         // SAFETY: a live reducer, as in the calls below.
         ffi::check(unsafe { ffi::bbt_reducer_prepare_for_forward(self.handle.raw) })
     }
 
-    /// Between that forward and its backward. A backward without it only accumulates.
+    /// To be called between that forward pass and its backward pass. A backward pass without it only accumulates.
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn prepare_for_backward(&self) -> Result<(), Error> {
         // SAFETY: see above.
         ffi::check(unsafe { ffi::bbt_reducer_prepare_for_backward(self.handle.raw) })
     }
 
-    /// After the first backward: puts the buckets in the order in which gradients came. A collective.
+    /// To be called after the first backward pass, on every rank: puts the buckets in the order in which gradients
+    /// came.
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn rebuild_buckets(&self) -> Result<(), Error> {
         // SAFETY: see above.
         ffi::check(unsafe { ffi::bbt_reducer_rebuild_buckets(self.handle.raw) })
     }
 
-    /// Measures every so many steps from here on (the first ten always).
+    /// Measures one of every `steps` steps from now on, and each of the first ten.
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn measure_every(&self, steps: u32) -> Result<(), Error> {
         // SAFETY: see above.
         ffi::check(unsafe { ffi::bbt_reducer_measure_every(self.handle.raw, steps.max(1) as c_int) })
     }
 
-    /// What was measured.
+    /// The averages over the steps that were measured.
     ///
     /// # Errors
-    /// libtorch's own.
+    /// libtorch's own error.
     pub fn times(&self) -> Result<ReducerTimes, Error> {
         let mut ns = [0i64; 4];
         let [forward, backward, communication, overlap] = &mut ns;

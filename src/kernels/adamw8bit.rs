@@ -4,7 +4,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::cpu_kernels::CpuKernels;
-use super::{AdamWStep, Error, ffi, mark_written};
+use super::ffi;
+use crate::libtorch::{AdamWStep, Error, mark_written};
 
 /// Neighbours that share one scale.
 pub const BLOCK: i64 = 256;
@@ -119,7 +120,7 @@ impl Moment8bit {
 /// which this does not wait; with bitsandbytes' it does.
 ///
 /// # Errors
-/// Lists of different lengths, other dtypes, sizes or devices; a value of `BBT_CPU_KERNELS` that is none; on CUDA,
+/// Lists of different lengths, other dtypes, sizes or devices; an unknown value of `BBT_CPU_KERNELS`; on CUDA,
 /// those of [`super::AdamW8bitKernel::find`].
 pub fn adamw8bit(
     params: &[Tensor],
@@ -186,8 +187,8 @@ fn adamw8bit_with(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::libtorch::cpu_kernels::tests::runnable;
-    use crate::libtorch::random::{self, rand, randn};
+    use crate::kernels::cpu_kernels::tests::runnable;
+    use crate::kernels::testing::{self, rand, randn};
 
     const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -206,7 +207,7 @@ mod tests {
 
     #[test]
     fn quantizing_finds_the_nearest_value() {
-        random::seed();
+        testing::seed();
         for signed in [true, false] {
             let book = book(signed);
             let x = randn(&[3, 301]) * (randn(&[3, 301]) * 4.0).exp();
@@ -249,7 +250,7 @@ mod tests {
 
     #[test]
     fn every_instruction_sets_step_is_that_in_fp64() {
-        random::seed();
+        testing::seed();
         let books = [&book(true), &book(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         for kernels in runnable() {
@@ -288,7 +289,8 @@ mod tests {
                     assert!(error < 1e-6, "{what}: {error}");
                     for i in 0..2 {
                         let wanted = books[i].quantize(&expected[i + 1].to_kind(Kind::Float));
-                        // Where the gradient cancels the moment, rounding errs by a part of them, not of the difference.
+                        // Where the gradient cancels the moment, rounding errs by a part of them, not of the
+                        // difference.
                         let error = (&moments[i].absmax - &wanted.absmax).abs().max().double_value(&[]);
                         let largest = g.abs().max().double_value(&[]).max(wanted.absmax.max().double_value(&[]));
                         assert!(error < 1e-6 * largest.max(largest * largest), "{what}: {error}");
@@ -302,7 +304,8 @@ mod tests {
         }
     }
 
-    /// Decades, each cut into twice as many parts as the one below it, as bitsandbytes': what bytes can be looked up in.
+    /// Decades, each cut into twice as many parts as the one below it, as bitsandbytes': what bytes can be looked up
+    /// in.
     fn decades(signed: bool) -> CodeBook {
         let decade = |d: i32| {
             let parts = if signed { 1 << d } else { 2 << d };
@@ -317,7 +320,7 @@ mod tests {
 
     #[test]
     fn looking_up_bytes_changes_no_bit() {
-        random::seed();
+        testing::seed();
         let kernels = || runnable().filter(|kernels| *kernels >= CpuKernels::Avx512);
         let books = [&decades(true), &decades(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
@@ -351,7 +354,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        random::seed();
+        testing::seed();
         let books = [&book(true), &book(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         let zeros = |n: i64| Tensor::zeros([n], CPU);

@@ -1,7 +1,7 @@
 // AdamW over moments of 8 bits on CUDA, by our own kernel: a launch for each parameter.
 #include "adamw8bit.h"
 
-#include "../kernels/cuda/arguments.h"
+#include "../cuda/arguments.h"
 #include "cuda_launch.h"
 
 #include <ATen/ops/_foreach_add.h>

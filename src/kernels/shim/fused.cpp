@@ -1,6 +1,6 @@
 // The layers of a BitLinear network as autograd functions, on any device that has a table of fused kernels.
 #include "fused.h"
-#include "shim.h"
+#include "kernels.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/abs.h>

@@ -3,10 +3,10 @@
 // does not change a bit.
 #include "adamw8bit.h"
 
-#include "shim.h"
+#include "kernels.h"
 
-#include "../kernels/cpu/adamw8bit.h"
-#include "../kernels/cpu/adamw8bit_lookup.h"
+#include "../cpu/adamw8bit.h"
+#include "../cpu/adamw8bit_lookup.h"
 
 #include <ATen/Parallel.h>
 

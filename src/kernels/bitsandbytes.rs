@@ -4,7 +4,8 @@ use std::ffi::c_char;
 use std::path::PathBuf;
 use std::ptr;
 
-use super::{Error, ffi};
+use super::ffi;
+use crate::libtorch::Error;
 
 /// Whose kernel [`super::adamw8bit`] takes on CUDA.
 #[derive(Debug, Clone, PartialEq, Eq)]

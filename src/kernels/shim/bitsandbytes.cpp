@@ -3,7 +3,7 @@
 #include "adamw8bit.h"
 #include "default_stream.h"
 #include "dynamic_library.h"
-#include "shim.h"
+#include "kernels.h"
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_foreach_add.h>

@@ -1,8 +1,8 @@
-//! Which of the CPU kernels (`kernels/cpu/`) this machine runs.
+//! Which of the CPU kernels (`cpu/`) this machine runs.
 
 use std::sync::OnceLock;
 
-use super::Error;
+use crate::libtorch::Error;
 
 /// Environment variable that asks for other kernels than the best, to compare them.
 pub const VARIABLE: &str = "BBT_CPU_KERNELS";
@@ -96,7 +96,7 @@ impl CpuKernels {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::kernels) mod tests {
     use super::*;
     use std::io::Write;
     use std::sync::Once;

@@ -1,8 +1,8 @@
 // Causal attention on the CPU as an autograd function. What is computed, and how, is in kernels/cpu/; here are
 // tensors, threads and gradients.
-#include "shim.h"
+#include "kernels.h"
 
-#include "../kernels/cpu/attention.h"
+#include "../cpu/attention.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
