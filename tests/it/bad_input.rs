@@ -399,16 +399,7 @@ fn an_optimizer_state_that_is_missing_or_anothers() {
 #[test]
 fn a_global_that_is_not_allowed_is_named_and_not_called() {
     let ws = Workspace::new();
-    let script = r#"
-import os, sys, torch
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (os.path.join(sys.argv[1], "called"),)
-os.chdir(sys.argv[1])
-torch.save({"model": Evil(), "model_family": "bitbyte"}, "evil.pt")
-torch.save({"model": {}, "when": __import__("datetime").date(2020, 1, 1)}, "date.pt")
-torch.save({"model": {}}, "old.pt", _use_new_zipfile_serialization=False)
-"#;
+    let script = include_str!("../python/forbidden_globals.py");
     let dir = ws.path("");
     crate::common::python(&[OsStr::new("-c"), OsStr::new(script), dir.as_os_str()]);
     for line in [RESUME, EVAL, "convert FILE out.safetensors", "inspect FILE"] {

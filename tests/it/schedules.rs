@@ -26,35 +26,7 @@ fn python(code: &str, arguments: &[&str]) -> String {
 }
 
 /// The learning rates of each step by PyTorch's own schedulers: a line each for cosine, constant, wsd and two_stage.
-const SCHEDULERS: &str = r#"
-import sys, torch
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
-
-total, warmup, decay, second = map(int, sys.argv[1:5])
-lr, low, peak = map(float, sys.argv[5:8])
-left = total - warmup
-
-def rates(after):
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    rise = LinearLR(optimizer, 1 / warmup, 1.0, warmup - 1)
-    schedulers, milestones = after(optimizer)
-    schedule = SequentialLR(optimizer, [rise, *schedulers], [warmup, *milestones])
-    found = []
-    for _ in range(total):
-        found.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    return found
-
-def fall(n):
-    return low + (1 - low) * (1 - (n / decay) ** 0.5)
-
-print(*rates(lambda o: ([CosineAnnealingLR(o, left, lr * low)], [])))
-print(*rates(lambda o: ([ConstantLR(o, 1.0)], [])))
-print(*rates(lambda o: ([ConstantLR(o, 1.0), LambdaLR(o, fall)], [total - decay])))
-first, last = (rates(lambda o: ([LinearLR(o, factor, low, left)], [])) for factor in (1.0, peak))
-print(*first[:second], *last[second:])
-"#;
+const SCHEDULERS: &str = include_str!("../python/lr_schedulers.py");
 
 #[test]
 fn learning_rates_are_those_of_pytorchs_schedulers() {
@@ -88,25 +60,7 @@ fn learning_rates_are_those_of_pytorchs_schedulers() {
 
 /// AdamW with two parameter groups, over given gradients, learning rates and weight decays; a step with gradients that
 /// are not finite is left out, as GradScaler does.
-const GROUPS: &str = r#"
-import json, sys, torch
-from safetensors.torch import load_file, save_file
-given, rates, decays = load_file(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-names = sorted(name for name in given if name.startswith("p"))
-params = [torch.nn.Parameter(given[name].clone()) for name in names]
-optimizer = torch.optim.AdamW(
-    [{"params": [p for p in params if p.ndim >= 2]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}],
-    betas=(0.9, 0.95), eps=1e-8)
-for step, (lr, decay) in enumerate(zip(rates, decays)):
-    for name, p in zip(names, params):
-        p.grad = given[f"g{step}{name}"].clone()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = decay
-    if all(p.grad.isfinite().all() for p in params):
-        optimizer.step()
-save_file({name: p.detach() for name, p in zip(names, params)}, sys.argv[4])
-"#;
+const GROUPS: &str = include_str!("../python/parameter_groups.py");
 
 #[test]
 fn matrices_decay_as_a_parameter_group_of_pytorchs() {
@@ -317,16 +271,7 @@ fn the_saved_optimizer_is_pytorchs_with_the_rates_of_the_last_step() {
         let checkpoint = config.train.out.join("ckpt.pt");
         train(config, Start::Fresh);
         python(
-            r#"
-import sys, torch
-checkpoint = torch.load(sys.argv[1])
-params = [torch.nn.Parameter(v) for k, v in checkpoint["model"].items() if k != "lm_head.weight"]
-optimizer = torch.optim.AdamW(params)
-optimizer.load_state_dict(checkpoint["opt"])
-group, = optimizer.param_groups
-assert (group["lr"], group["weight_decay"]) == (float(sys.argv[2]), float(sys.argv[3])), group
-assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in params)
-"#,
+            include_str!("../python/saved_optimizer.py"),
             &[checkpoint.to_str().expect("a UTF-8 path"), &lr.to_string(), &weight_decay.to_string()],
         );
     }
