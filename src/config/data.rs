@@ -12,17 +12,18 @@ pub(super) const DEFAULT_SEQ_LEN: i64 = 512;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// Training bytes: a directory of `shard_*.bin`, a glob, or one file.
+    /// Training data: a directory of `shard_*.bin` files, a glob, or one file of any bytes.
     pub train: String,
-    /// Held-out bytes, likewise; null: no evaluation during training.
+    /// Validation data, in the same forms. null means no evaluation during training.
     pub val: Option<String>,
-    /// Order of the training windows.
+    /// Order in which the training windows are read.
     pub order: Order,
-    /// Bytes predicted per window (512 where no curriculum is given).
+    /// Sequence length: the bytes predicted per window. null means 512, unless there is a curriculum.
     pub seq_len: Option<i64>,
-    /// Instead of `seq_len`: pairs of (fraction of the run, sequence length from there on).
+    /// A sequence length that grows, in place of `seq_len`: pairs of the fraction of the run and the sequence length from
+    /// there on, as in [[0.0, 2048], [0.5, 4096]].
     pub curriculum: Option<Vec<(f64, i64)>>,
-    /// Seed of the order.
+    /// Random seed of the order.
     pub seed: u64,
 }
 
@@ -53,7 +54,7 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// The sequence length at each fraction of the run: one entry where it is fixed.
+    /// The stages of the run: the fraction at which each begins, and its sequence length. A fixed length is one stage.
     pub fn curriculum(&self) -> Vec<(f64, i64)> {
         match &self.curriculum {
             Some(stages) => stages.clone(),
@@ -61,7 +62,7 @@ impl DataConfig {
         }
     }
 
-    /// The longest sequence of the run: what evaluation uses, unless `train.eval_seq_len` says otherwise.
+    /// The longest sequence length of the run. Evaluation uses it unless `train.eval_seq_len` is set.
     pub fn max_seq_len(&self) -> i64 {
         self.curriculum().iter().map(|&(_, length)| length).max().unwrap_or(DEFAULT_SEQ_LEN)
     }

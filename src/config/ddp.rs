@@ -5,31 +5,31 @@ use serde::{Deserialize, Serialize};
 use super::check::at_least;
 use super::error::{ConfigError, invalid};
 
-/// Training by many processes, one per rank.
+/// Data-parallel training, one process per rank.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DdpConfig {
-    /// What carries tensors between ranks.
+    /// Backend of the collectives between ranks.
     pub backend: Backend,
-    /// Seconds after which a rank that others wait for counts as lost.
+    /// Seconds that a collective waits for a rank before the rank counts as lost.
     pub timeout: u64,
-    /// Gradients are averaged in buckets of so many MiB.
+    /// Size of the buckets in which gradients are averaged, in MiB.
     pub bucket_cap_mb: i64,
-    /// 1: each rank keeps and steps its part of the optimizer's state (ZeRO stage 1, Rajbhandari et al. 2020,
-    /// arXiv 1910.02054); 0: all of it.
+    /// 1: ZeRO stage 1 (Rajbhandari et al. 2020, arXiv 1910.02054), each rank holds and updates its part of the optimizer
+    /// state. 0: each rank holds all of it.
     pub zero_stage: u8,
 }
 
-/// What carries tensors between ranks.
+/// Backend of the collectives between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Backend {
     /// NCCL on GPUs, Gloo on CPUs.
     Auto,
-    /// NVIDIA's collectives, between GPUs.
+    /// NCCL, between GPUs.
     Nccl,
-    /// TCP.
+    /// Gloo, over TCP.
     Gloo,
 }
 

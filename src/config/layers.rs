@@ -11,17 +11,17 @@ use super::{Config, DataConfig, ModelConfig, QuantConfig};
 /// The original's sequence lengths, each with the fraction of the run at which it begins.
 const ORIGINAL_CURRICULUM: [(f64, i64); 3] = [(0.0, 2048), (0.2, 4096), (0.5, 8192)];
 
-/// What was given, by file and flags, before defaults: a partial configuration.
+/// A partial configuration: the values that files and flags gave, without the defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Layers {
-    /// Each value as its own type is written, so that it reads back as that type.
+    /// The values by section and key, each as its own type is written, so that it reads back as that type.
     given: Mapping,
-    /// Where each key (`section.key`) was given, in words.
+    /// Where each key (`section.key`) was given: a flag, or a file and line. Errors tell it.
     origins: BTreeMap<String, String>,
 }
 
 impl Layers {
-    /// Adds a YAML file over what is there.
+    /// Adds a YAML file. Its values override earlier ones.
     ///
     /// # Errors
     /// An unreadable file, unknown or mistyped keys (with their line), `seq_len` beside `curriculum`.
@@ -48,9 +48,9 @@ impl Layers {
         Ok(())
     }
 
-    /// Takes of `typed`, read from `text`, what `text` names.
+    /// Takes from `typed`, which was read from `text`, the values of the keys that `text` names.
     fn take(&mut self, text: &str, typed: &Config, origin: impl Fn(&str, &str) -> String) {
-        // Once more, for which keys there are. What they are was read above, with their types.
+        // The text is read once more, untyped, to see which keys it has: `typed` has them all.
         let sections: Mapping = yaml::parse(text).unwrap_or_default();
         let values = yaml::to_value(typed).unwrap_or_default();
         for (section, keys) in &sections {
@@ -75,7 +75,7 @@ impl Layers {
         keys.insert(name.into(), value.into());
         let mut sections = Mapping::new();
         sections.insert(section.into(), keys.into());
-        // As text, so that a value is read by the same rules as in a file.
+        // The value goes through YAML text, so that the same rules hold as in a file.
         let text = yaml::to_text(&sections).map_err(|e| error(e.to_string()))?;
         let typed: Config = yaml::parse(&text).map_err(|e| error(e.without_line().into()))?;
         self.take(&text, &typed, |_, _| flag.into());
@@ -127,7 +127,7 @@ impl Layers {
         self.origins.insert(format!("{section}.{key}"), origin);
         let keys = self.given.entry(section.into()).or_insert_with(|| Mapping::new().into());
         let Value::Mapping(keys) = keys else { return };
-        // The later of the two says how long sequences are.
+        // The two exclude each other: the later one replaces the earlier.
         match (section, key) {
             ("data", "seq_len") if !value.is_null() => drop(keys.remove("curriculum")),
             ("data", "curriculum") if !value.is_null() => drop(keys.remove("seq_len")),

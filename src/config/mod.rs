@@ -58,7 +58,7 @@ pub struct Config {
     pub optim: OptimConfig,
     /// The run itself.
     pub train: TrainConfig,
-    /// Training by several processes, one per rank.
+    /// Data-parallel training, one process per rank.
     pub ddp: DdpConfig,
 }
 

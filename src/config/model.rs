@@ -12,13 +12,13 @@ pub const VOCAB_SIZE: i64 = 256;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelConfig {
-    /// Number of blocks.
+    /// Number of transformer blocks.
     pub n_layer: i64,
     /// Width of the residual stream.
     pub d_model: i64,
-    /// Number of query heads; divides `d_model`.
+    /// Number of query heads. It must divide `d_model`.
     pub n_head: i64,
-    /// Number of key and value heads, for grouped-query attention; null: as many as `n_head`.
+    /// Number of key and value heads, for grouped-query attention. null means as many as `n_head`.
     pub n_kv_head: Option<i64>,
     /// Width of the SwiGLU hidden layer.
     pub d_ff: i64,
@@ -33,11 +33,11 @@ pub struct ModelConfig {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Attention {
-    /// On the CPU kernels of our own, elsewhere libtorch's `scaled_dot_product_attention`.
+    /// bbt's own kernels on the CPU, and libtorch's `scaled_dot_product_attention` elsewhere.
     Auto,
     /// libtorch's `scaled_dot_product_attention`.
     Sdpa,
-    /// Explicit softmax(q kᵀ / sqrt(d)) v.
+    /// Softmax(q kᵀ / sqrt(d)) v, written out in libtorch's operators.
     Math,
 }
 
@@ -66,7 +66,7 @@ impl ModelConfig {
         self.d_model / self.n_head
     }
 
-    /// Number of trained values (the tied head counted once).
+    /// Number of trained values. The output head shares the embedding's values, which are counted once.
     pub fn parameters(&self) -> i64 {
         let kv = self.kv_heads() * self.head_dim();
         let attention = 2 * self.d_model * self.d_model + 2 * self.d_model * kv;
@@ -74,7 +74,7 @@ impl ModelConfig {
         VOCAB_SIZE * self.d_model + self.n_layer * (attention + mlp + 2 * self.d_model) + self.d_model
     }
 
-    /// Checks that there is such a model.
+    /// Checks that a model of this shape exists.
     ///
     /// # Errors
     /// The first key that does not fit.
@@ -104,7 +104,7 @@ impl ModelConfig {
                 ));
             }
         }
-        // Past this, sizes in bytes would no longer fit 64 bits.
+        // Above this limit, sizes in bytes would overflow 64 bits.
         for (key, value) in [("n_layer", self.n_layer), ("d_model", self.d_model), ("d_ff", self.d_ff)] {
             if value > 1 << 20 {
                 return Err(invalid(&format!("model.{key}"), format!("{value} is more than {}", 1 << 20)));

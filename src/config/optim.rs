@@ -9,33 +9,33 @@ use super::error::{ConfigError, invalid};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimConfig {
-    /// The optimizer.
+    /// Which optimizer.
     pub name: OptimizerName,
     /// Peak learning rate.
     pub lr: f64,
-    /// Decay rates of AdamW's first and second moment.
+    /// AdamW's betas: the decay rates of the first and the second moment.
     pub betas: (f64, f64),
     /// AdamW's epsilon.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest L2 norm of the gradient; 0: no clipping.
+    /// The gradient is clipped to this L2 norm. 0 means no clipping.
     pub grad_clip: f64,
-    /// Shape of the learning rate after warmup; of the weight decay, too, where it is `two_stage`.
+    /// Shape of the learning-rate schedule after warmup. `two_stage` changes the weight decay, too.
     pub schedule: Schedule,
-    /// Fraction of the run over which the learning rate rises linearly.
+    /// Warmup: fraction of the run over which the learning rate rises linearly.
     pub warmup_frac: f64,
-    /// The same in steps; null: from `warmup_frac`.
+    /// Warmup in steps. null means that `warmup_frac` gives it.
     pub warmup_steps: Option<u64>,
-    /// The learning rate ends at this fraction of `lr`.
+    /// The last learning rate, as a fraction of `lr`.
     pub min_lr_factor: f64,
-    /// `wsd`: fraction of the run, its last, over which the learning rate falls.
+    /// For `wsd`: the last fraction of the run, over which the learning rate falls.
     pub decay_frac: f64,
-    /// `two_stage`: fraction of the run after which the second stage begins.
+    /// For `two_stage`: fraction of the run at which the second stage begins.
     pub stage_frac: f64,
-    /// `two_stage`: the second stage's peak learning rate, as a fraction of `lr`.
+    /// For `two_stage`: peak learning rate of the second stage, as a fraction of `lr`.
     pub stage_lr_factor: f64,
-    /// Which parameters decay.
+    /// To which parameters weight decay applies.
     pub decay: Decay,
 }
 
@@ -44,9 +44,9 @@ pub struct OptimConfig {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OptimizerName {
-    /// torch.optim.AdamW.
+    /// AdamW with fp32 moments, as torch.optim.AdamW.
     AdamW,
-    /// bitsandbytes' AdamW8bit: moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861).
+    /// AdamW with 8-bit moments, as bitsandbytes' AdamW8bit (Dettmers et al. 2022, arXiv 2110.02861).
     AdamW8bit,
 }
 
@@ -55,25 +55,26 @@ pub enum OptimizerName {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Schedule {
-    /// Half a cosine down to `min_lr_factor`.
+    /// Half a cosine, from `lr` down to `min_lr_factor`.
     Cosine,
-    /// Stays at `lr`.
+    /// `lr` to the end.
     Constant,
-    /// Warmup, stable, decay (MiniCPM, Hu et al. 2024, arXiv 2404.06395): stays at `lr`, then falls to `min_lr_factor`.
+    /// Warmup, stable, decay (MiniCPM, Hu et al. 2024, arXiv 2404.06395): `lr`, then a fall to `min_lr_factor` as
+    /// 1 - sqrt.
     Wsd,
-    /// BitNet b1.58's (Ma et al. 2024, arXiv 2402.17764): a line down to `min_lr_factor`, from a lower peak and without
-    /// weight decay in the second stage.
+    /// The schedule of BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764): a linear fall to `min_lr_factor`, with a lower
+    /// peak and no weight decay in the second stage.
     TwoStage,
 }
 
-/// Which parameters decay.
+/// To which parameters weight decay applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Decay {
-    /// Every parameter, as the original.
+    /// To every parameter, as in the original.
     All,
-    /// Those of two or more dimensions: the embedding and the linear layers, but not the norms.
+    /// To parameters of two or more dimensions: the embedding and the linear layers, but not the norms.
     Matrices,
 }
 

@@ -9,17 +9,18 @@ use super::error::ConfigError;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuantConfig {
-    /// Weights of the linear layers.
+    /// How the weights of the linear layers are quantized.
     pub weight: WeightQuant,
-    /// The weights' straight-through estimator.
+    /// The straight-through estimator of the weights: which gradient passes through their quantization.
     pub ste: Ste,
-    /// Inputs of the linear layers.
+    /// How the inputs of the linear layers are quantized.
     pub act: ActQuant,
-    /// The inputs' straight-through estimator.
+    /// The straight-through estimator of the inputs.
     pub act_ste: ActSte,
-    /// What computes it.
+    /// Which kernels compute the quantized layers. All compute the same functions, but round in different places.
     pub kernel: QuantKernel,
-    /// Fraction of the run over which quantization comes in, from full precision; 0: it is there from the start.
+    /// Fraction of the run over which quantization is phased in, starting from full precision. 0 means that it is on
+    /// from the first step.
     pub start_frac: f64,
 }
 
@@ -41,7 +42,7 @@ pub enum WeightQuant {
 pub enum Ste {
     /// The gradient passes unchanged.
     Identity,
-    /// No gradient where |w / gamma| > 1, as the original.
+    /// No gradient where |w / gamma| > 1, as in the original.
     Clipped,
 }
 
@@ -63,20 +64,21 @@ pub enum ActQuant {
 pub enum ActSte {
     /// The gradient passes unchanged.
     Identity,
-    /// None, as the original: the gradient flows through the scale alone, to the largest element of each token. The
-    /// reference computes it.
+    /// No estimator, as in the original: the gradient flows through the scale alone, to the largest element of each
+    /// token. Only the reference kernels compute this.
     None,
 }
 
-/// What computes quantized layers and what stands around them. The same functions, rounded elsewhere.
+/// Which kernels compute the quantized layers. All compute the same functions, but round in different places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum QuantKernel {
-    /// The fused kernels for each layer that they compute: ternary weights, int8 activations with the identity as
-    /// estimator, fully quantized. Else the reference. Nothing is timed, so every process of a run chooses alike.
+    /// The fused kernels where they can compute a layer (ternary weights, int8 activations with the identity estimator,
+    /// fully quantized), else the reference. The choice depends on the configuration alone, never on timing, so that
+    /// every process of a run chooses alike.
     Auto,
-    /// Kernels of our own: integer products, and what comes before them in one pass.
+    /// bbt's own kernels: integer products, with the normalization and quantization before them in one pass.
     Fused,
     /// libtorch's operators: detach arithmetic and floating-point products.
     Reference,
@@ -100,14 +102,14 @@ impl QuantConfig {
         within("quant.start_frac", self.start_frac, 0.0..1.0)
     }
 
-    /// Whether there are fused kernels for it, and `kernel` does not rule them out.
+    /// Whether the fused kernels can compute this quantization, and `kernel` allows them.
     pub fn may_fuse(&self) -> bool {
         let quantized = self.weight == WeightQuant::Ternary && self.act == ActQuant::Int8;
         quantized && self.act_ste == ActSte::Identity && self.kernel != QuantKernel::Reference
     }
 
-    /// λ, how far quantization has come in at `step` (from 0) in a run of `steps`: from 0, full precision, in a line to
-    /// 1 at `start_frac` of the run. Each quantized x is x + λ (q(x) - x).
+    /// λ, the weight of quantization at `step` (counted from 0) of a run of `steps`. It rises linearly from 0, which is
+    /// full precision, to 1 at `start_frac` of the run. A layer uses x + λ (q(x) - x) in place of x.
     pub fn lambda(&self, step: u64, steps: u64) -> f64 {
         let start = self.start_frac * steps as f64;
         if start > 0.0 { (step as f64 / start).min(1.0) } else { 1.0 }

@@ -12,59 +12,60 @@ use super::error::{ConfigError, invalid};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Optimizer steps that every schedule spans.
+    /// Optimizer steps of the whole run. Every schedule spans them.
     pub steps: u64,
-    /// Windows per micro-batch.
+    /// Windows (sequences) per micro-batch on each rank.
     pub batch_size: i64,
-    /// Micro-batches per optimizer step.
+    /// Gradient accumulation: micro-batches per optimizer step.
     pub grad_accum: i64,
-    /// Precision of the matrix products; weights and optimizer stay fp32.
+    /// Precision of the matrix products. Weights and optimizer state stay fp32.
     pub precision: Precision,
-    /// Recompute each half of a block in backward instead of keeping its activations.
+    /// Activation checkpointing: backward recomputes each half of a block, whose activations are not kept.
     pub checkpointing: bool,
-    /// On one GPU, record forward and backward once as a CUDA graph and repeat that: the host then launches a step at
-    /// once. Takes more memory: the activations are the graph's own.
+    /// On one GPU, record forward and backward once as a CUDA graph and replay it at every step, which saves the cost of
+    /// launching each kernel. It takes more memory, since the graph keeps its activations.
     pub cuda_graph: bool,
-    /// Where to run.
+    /// Device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is the first GPU, or the CPU where there is none.
     pub device: DeviceSpec,
-    /// Seed of the initial weights.
+    /// Random seed of the initial weights.
     pub seed: u64,
-    /// Log every so many steps.
+    /// Steps between two lines of the log.
     pub log_every: u64,
-    /// Log every so many steps what each layer is like inside: weights, flips, inputs, gradient; 0: never.
+    /// Steps between two logs of layer statistics: weights, flips, inputs and gradient of each layer. 0 means never.
     pub internals_every: u64,
-    /// Peak of one device in `precision`, TFLOP/s, for the model FLOPs utilisation; null: by the GPU's name, if known.
+    /// Peak throughput of one device in `precision`, in TFLOP/s, for the model FLOPs utilization (MFU). null means that
+    /// the GPU's name gives it, where it is known.
     pub peak_tflops: Option<f64>,
-    /// Evaluate every so many steps, and at the end; 0: never.
+    /// Steps between two evaluations on `data.val`; there is one at the end, too. 0 means never.
     pub eval_every: u64,
-    /// Evaluate on about so many bytes of `data.val`, in pieces spread evenly over it; null: on all of it.
+    /// About how many bytes of `data.val` an evaluation reads, in pieces spread evenly over it. null means all of it.
     pub eval_bytes: Option<u64>,
-    /// Sequence length of evaluations, in bytes; null: the longest that is trained on.
+    /// Sequence length of evaluations, in bytes. null means the longest of training.
     pub eval_seq_len: Option<i64>,
-    /// Log the loss of whitespace and of all other bytes apart, too.
+    /// Also log the loss of whitespace bytes and that of all other bytes.
     pub log_byte_class_loss: bool,
-    /// Save every so many steps, and at the end; 0: at the end only.
+    /// Steps between two checkpoints; there is one at the end, too. 0 means at the end only.
     pub save_every: u64,
-    /// Numbered checkpoints kept, besides the best by validation.
+    /// How many numbered checkpoints are kept, besides the best one by validation loss.
     pub keep: usize,
-    /// End after this step, saved, as an interruption would; schedules still span `steps`.
+    /// Save and stop after this step, as if interrupted. The schedules still span `steps`.
     pub stop_at: Option<u64>,
-    /// What SIGUSR1 and SIGUSR2 do, by which clusters warn of the end of a job's time.
+    /// What SIGUSR1 and SIGUSR2 do. Cluster schedulers send them before a job's time limit.
     pub on_usr1: OnUsr1,
-    /// Give up after so many steps in a row with a loss or gradient that is not finite.
+    /// Stop with an error after this many steps in a row with a loss or gradient that is not finite.
     pub max_nonfinite: u64,
-    /// Run directory, or a `.pt` file in it.
+    /// Run directory, or the name of the checkpoint (`.pt`) in it.
     pub out: PathBuf,
 }
 
-/// What a run does at SIGUSR1 or SIGUSR2, after the step at hand.
+/// What a run does on SIGUSR1 or SIGUSR2, once the current step is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnUsr1 {
-    /// Save and go on.
+    /// Save and continue.
     Save,
-    /// Save and end.
+    /// Save and stop.
     Stop,
 }
 

@@ -7,6 +7,7 @@ mod amp;
 mod bad_input;
 mod cli;
 mod common;
+mod config_reference;
 mod cuda_kernels;
 mod distributed;
 mod files;
