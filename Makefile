@@ -4,6 +4,7 @@
 # make train CORPUS=~/notes   the same on your own files
 # make bench   bbt beside plain PyTorch, into docs/bench.md
 # make quality  what learns better: a table of ways to train, into docs/quality.md; an hour
+# make deny    licences, sources and bans of the dependencies; CHECKS=advisories looks up security advisories (network)
 # make build CPU=1            for the CPU alone: half a gigabyte to download
 # make libtorch BITSANDBYTES=1   with bitsandbytes' CUDA kernel for optim.name adamw8bit, also later
 
@@ -15,7 +16,7 @@ BITSANDBYTES_VERSION = 0.50.2
 CARGO = cargo
 BBT = target/release/bbt
 
-.PHONY: all build train test test-portability bench quality lint-docker libtorch clean
+.PHONY: all build train test test-portability bench quality lint-docker deny libtorch clean
 .DELETE_ON_ERROR:
 
 all: build
@@ -140,6 +141,20 @@ lint-docker: $(LINT_STAMP)
 	$(LINT)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(LINT)/shellcheck .ci/run tests/portability.sh tests/gpu/run.sh docker/*.sh $(wildcard configs/*.sbatch)
 
+# --- dependencies ---------------------------------------------------------------------------------
+# deny.toml has the rules. Advisories need the network, so they are left out unless CHECKS names them.
+
+CHECKS ?= bans licenses sources
+DENY_VERSION = 0.20.2
+DENY_STAMP = .tools/.installed-cargo-deny-$(DENY_VERSION)
+
+$(DENY_STAMP):
+	$(CARGO) install --locked --root .tools --version $(DENY_VERSION) cargo-deny
+	touch $@
+
+deny: $(DENY_STAMP)
+	.tools/bin/cargo-deny check $(CHECKS)
+
 # --- the demo -------------------------------------------------------------------------------------
 # The default corpus is the sources of the crates that Cargo.lock pins, in its order.
 
@@ -176,4 +191,4 @@ train: build $(CORPUS_DIR)/manifest.json
 	$(BBT) generate --ckpt $(RUN)/ckpt.pt --prompt 'pub fn ' --max-new-tokens 300 --temperature 0.8
 
 clean:
-	rm -rf target .libtorch .libtorch.tmp .python-test .python-lint
+	rm -rf target .libtorch .libtorch.tmp .python-test .python-lint .tools
