@@ -1,10 +1,13 @@
 //! `quant.kernel`: the fused kernels train as the reference does, and a run may change from one to the other.
 
+use std::fs;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use bbt::config::{Config, ModelConfig, Precision, QuantKernel, TrainConfig};
 use bbt::training::metrics::{TrainObserver, TrainRow, ValRow};
 use bbt::training::{RunDir, Start, Trainer};
+use walkdir::WalkDir;
 
 /// Losses of the logged steps, and the last validation's bits per byte.
 #[derive(Default)]
@@ -23,12 +26,23 @@ impl TrainObserver for Losses {
     }
 }
 
-fn config(dir: &std::path::Path, kernel: QuantKernel, precision: Precision) -> Config {
+/// The Rust files under a directory of the repository, one after the other in one file: some are shorter than a window.
+fn sources(under: &str, dir: &Path) -> String {
+    let files = WalkDir::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(under)).sort_by_file_name().into_iter();
+    let files =
+        files.map(|entry| entry.unwrap().into_path()).filter(|path| path.extension().is_some_and(|e| e == "rs"));
+    let text: Vec<u8> = files.flat_map(|path| fs::read(path).unwrap()).collect();
+    let path = dir.join(format!("{}.bin", under.replace('/', "-")));
+    fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+fn config(dir: &Path, kernel: QuantKernel, precision: Precision) -> Config {
     let mut config = Config::default();
     config.model = ModelConfig { n_layer: 2, d_model: 96, n_head: 3, d_ff: 256, ..config.model };
     config.quant.kernel = kernel;
-    let sources = |pattern| format!("{}/{pattern}", env!("CARGO_MANIFEST_DIR"));
-    (config.data.train, config.data.val) = (sources("src/*/*.rs"), Some(sources("tests/it/*.rs")));
+    config.data.train = sources("src", dir);
+    config.data.val = Some(sources("tests/it", dir));
     config.data.seq_len = Some(128);
     (config.optim.lr, config.optim.warmup_frac) = (1e-3, 0.1);
     config.train = TrainConfig {

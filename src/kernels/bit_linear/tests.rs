@@ -401,18 +401,18 @@ fn the_same_bits_with_any_number_of_threads() {
 #[test]
 fn inside_recomputation_and_autocast() {
     testing::seed();
+    // The same kernels on both sides: those of another instruction set may sum the norm in another order.
+    let kernels = CpuKernels::chosen().unwrap();
     for kind in [Kind::Float, Kind::BFloat16] {
         let layer = Layer::random(Before::Norm, &[2, 30], 48, &[40], true);
-        let plain = layer.fused(CpuKernels::best(), Kind::Float, kind);
+        let plain = layer.fused(kernels, Kind::Float, kind);
         let recomputed = layer.run(Kind::Float, |x, norm, weights| {
             let _region = Autocast::enter(Device::Cpu, AutocastDtype::BFloat16).unwrap();
             let (norm, weight) = (norm.shallow_clone(), weights[0].shallow_clone());
             let ternary = TernaryWeight::new(&weight).unwrap();
             let f = move |x: &Tensor| {
                 let prologue = Prologue::RmsNorm { weight: &norm, eps: 1e-6 };
-                outputs(CpuKernels::chosen().unwrap(), x, prologue, &[(&weight, &ternary)], true, kind)
-                    .unwrap()
-                    .remove(0)
+                outputs(kernels, x, prologue, &[(&weight, &ternary)], true, kind).unwrap().remove(0)
             };
             vec![recompute_in_backward(f, x).unwrap()]
         });
@@ -421,7 +421,7 @@ fn inside_recomputation_and_autocast() {
         let inside = {
             let x = leaf(&layer.x);
             let weights: Vec<_> = layer.weights.iter().map(leaf).collect();
-            let y = layer.forward(CpuKernels::best(), &x, &layer.norm, &weights, kind).remove(0);
+            let y = layer.forward(kernels, &x, &layer.norm, &weights, kind).remove(0);
             let dy = layer.dys[0].to_kind(kind);
             let _region = Autocast::enter(Device::Cpu, AutocastDtype::BFloat16).unwrap();
             (y * dy).sum(Kind::Double).backward();
