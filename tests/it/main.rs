@@ -30,4 +30,5 @@ mod resume;
 mod schedules;
 mod shim;
 mod signals;
+mod snapshots;
 mod tensorboard;
