@@ -12,8 +12,9 @@ const CPU_KERNELS: &str = "src/kernels/cpu";
 const CUDA_KERNELS: &str = "src/kernels/cuda";
 
 /// The compiler's flags for the CPU kernels on x86-64, by the ending of a file's name.
-const X86_64: [(&str, &[&str]); 5] = [
+const X86_64: [(&str, &[&str]); 6] = [
     ("_avx2", &["-mavx2", "-mfma"]),
+    ("_avxvnni", &["-mavx2", "-mfma", "-mavxvnni"]),
     ("_avx512", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
     ("_avx512vnni", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512vnni"]),
     ("_avx512vbmi", &["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512vbmi"]),
@@ -133,7 +134,7 @@ fn compile_cpu_kernels() {
             continue;
         }
         let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").pic(true).opt_level(3).flag("-ffp-contract=fast");
+        build.cpp(true).std("c++20").pic(true).opt_level(3).flag("-ffp-contract=fast");
         warn(&mut build);
         for flag in flags.unwrap_or_default() {
             build.flag(flag);

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::cgroup;
-use crate::kernels::AdamW8bitKernel;
+use crate::kernels::{AdamW8bitKernel, CpuFeatures};
 use crate::libtorch::{cuda_memory, host_memory};
 
 /// Say what this machine offers: libtorch, CUDA, threads, memory, and what is missing
@@ -26,7 +26,10 @@ pub fn run(_: Args) -> anyhow::Result<()> {
     let memory = host_memory();
     let limited = memory.container.map(|limit| format!(" of the {} that the container may use", gib(limit)));
     writeln!(out, "memory     {} free{}", gib(memory.available), limited.unwrap_or_default())?;
-    writeln!(out, "cpu        {}", cpu())?;
+    writeln!(out, "cpu        {}", CpuFeatures::detected())?;
+    let features = CpuFeatures::chosen()?;
+    let kernels: Vec<_> = features.kernels().iter().map(|(what, kernel)| format!("{what} {kernel}")).collect();
+    writeln!(out, "kernels    {}", kernels.join(", "))?;
     if tch::Cuda::is_available() {
         for index in 0..tch::Cuda::device_count() {
             match cuda_memory(index as usize) {
@@ -46,17 +49,6 @@ pub fn run(_: Args) -> anyhow::Result<()> {
         Err(error) => writeln!(out, "adamw8bit  not on a GPU: {}", error.text())?,
     }
     Ok(())
-}
-
-/// What the CPU has of the instructions that low-precision products use.
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let has: Vec<_> = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"]
-        .into_iter()
-        .filter(|name| flags.split_whitespace().any(|flag| flag == *name))
-        .collect();
-    if has.is_empty() { "no AVX2, AVX-512 or AMX".into() } else { has.join(" ") }
 }
 
 fn why_no_cuda() -> String {

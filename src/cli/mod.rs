@@ -33,7 +33,7 @@ use crate::cgroup;
 use crate::checkpoint::{CheckpointError, Given, TrainingCheckpoint};
 use crate::config::{ActQuant, ConfigError, ModelConfig};
 use crate::data::DataError;
-use crate::kernels::CpuKernels;
+use crate::kernels::CpuFeatures;
 use crate::launch::{EnvError, LaunchError};
 use crate::libtorch;
 use crate::training::RunDir;
@@ -224,7 +224,7 @@ fn log_filter(text: &str) -> Result<EnvFilter, UsageError> {
 fn run(command: Command) -> anyhow::Result<()> {
     set_up_logging()?;
     // Where BBT_CPU_KERNELS asks for kernels that are not there.
-    CpuKernels::chosen().map_err(|error| UsageError(error.text().into()))?;
+    CpuFeatures::chosen().map_err(|error| UsageError(error.text().into()))?;
     match command {
         Command::Train(args) => train::run(*args),
         Command::Launch(args) => launch::run(args),

@@ -1,37 +1,39 @@
-//! AdamW over moments of 8 bits, as bitsandbytes keeps them (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-//! Quantization", arXiv 2110.02861), on the CPU and on CUDA.
+//! AdamW with 8-bit moments, as in bitsandbytes (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
+//! arXiv 2110.02861), on the CPU and on CUDA.
 
 use tch::{Device, Kind, Tensor};
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 use super::ffi;
 use crate::libtorch::{AdamWStep, Error, mark_written};
 
-/// Neighbours that share one scale.
+/// The number of neighbouring elements that share one scale.
 pub const BLOCK: i64 = 256;
 
-/// Blocks of `n` neighbours, the last of which may be shorter.
+/// The number of blocks of `n` elements, the last of which may be shorter.
 pub fn blocks(n: i64) -> i64 {
     (n + BLOCK - 1) / BLOCK
 }
 
-/// The 256 values, ascending and within -1 to 1, that codes stand for, times their block's largest magnitude.
+/// The 256 values, ascending from -1 to 1, that codes stand for; an element is its value times its block's scale, the
+/// largest magnitude of the block.
 ///
-/// As in bitsandbytes' CPU library (0.50), a number is first rounded to one of 65536 from -1 to 1, evenly spaced and
-/// none of them zero, and then to the value nearest to that.
+/// As in bitsandbytes' CPU library (0.50), a number is first rounded to one of 65536 numbers from -1 to 1, evenly
+/// spaced and none of them zero, and then to the value nearest to that.
 #[derive(Debug)]
 pub struct CodeBook {
     /// fp32 `[256]`
     values: Tensor,
-    /// The codes of the values nearest to those 65536: uint8 `[65536]`.
+    /// The code of the value nearest to each of the 65536 numbers: uint8 `[65536]`.
     nearest: Tensor,
 }
 
 impl CodeBook {
-    /// The book of these values, on `device`, which is to be that of the moments.
+    /// The code book of `values`, on `device`, where the moments are.
     pub fn new(values: &[f32; 256], device: Device) -> Self {
         let between: Vec<f64> = values.windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
-        // Both ascend. A checkpoint of N ranks makes 2 N of these.
+        // Numbers and values both ascend, so one pass finds all. It must be quick: a checkpoint of N ranks makes 2 N
+        // books.
         let mut code = 0;
         let mut nearest_to = |place: i32| {
             let number = f64::from(place) / 32767.5 - 1.0;
@@ -43,31 +45,31 @@ impl CodeBook {
         Self { values: on_device(Tensor::from_slice(values)), nearest: on_device(Tensor::from_slice(&nearest)) }
     }
 
-    /// Another handle to it.
+    /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         Self { values: self.values.shallow_clone(), nearest: self.nearest.shallow_clone() }
     }
 
-    /// Its values: fp32 `[256]`.
+    /// The values: fp32 `[256]`.
     pub fn values(&self) -> &Tensor {
         &self.values
     }
 
-    /// Rounds fp32 `x` of any shape, all finite, to values times the largest magnitude of each [`BLOCK`] of neighbours.
+    /// Quantizes `x`, fp32 of any shape and finite, in blocks of [`BLOCK`].
     pub fn quantize(&self, x: &Tensor) -> Moment8bit {
         let _no_grad = tch::no_grad_guard();
         let n = x.numel() as i64;
         let padding = (BLOCK - n % BLOCK) % BLOCK;
         let blocks = x.reshape([-1]).constant_pad_nd([0, padding]).view([-1, BLOCK]);
         let absmax = blocks.abs().amax([1], false);
-        // A block of zeros stays one.
+        // A block of zeros stays zero.
         let divisor = absmax.where_self(&absmax.gt(0.0), &absmax.ones_like());
         let places: Tensor = (blocks / divisor.unsqueeze(1) + 1.0) * 32767.5 + 0.5;
         let codes = self.nearest.index_select(0, &places.to_kind(Kind::Int64).view([-1]));
         Moment8bit { codes: codes.narrow(0, 0, n).reshape(x.size()).copy(), absmax }
     }
 
-    /// What `moment` stands for: fp32, in its shape.
+    /// The numbers that `moment` stands for: fp32, in its shape.
     pub fn dequantize(&self, moment: &Moment8bit) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let n = moment.codes.numel() as i64;
@@ -84,14 +86,14 @@ impl CodeBook {
 /// A moment of one parameter in 8 bits.
 #[derive(Debug)]
 pub struct Moment8bit {
-    /// Which values of the code book: uint8, as the parameter.
+    /// Indices into the code book: uint8, with the parameter's shape.
     pub codes: Tensor,
-    /// The largest magnitude of each [`BLOCK`] of neighbours, the last of which may be shorter: fp32 `[blocks]`.
+    /// The largest magnitude of each block: fp32 `[blocks]`.
     pub absmax: Tensor,
 }
 
 impl Moment8bit {
-    /// That of a parameter of shape `size` before the first step, as bitsandbytes has it: all zeros.
+    /// The moment of a parameter of shape `size` before the first step, all zeros as in bitsandbytes.
     pub fn zeros(size: &[i64], device: Device) -> Self {
         Self {
             codes: Tensor::zeros(size, (Kind::Uint8, device)),
@@ -99,8 +101,8 @@ impl Moment8bit {
         }
     }
 
-    /// That of `len` neighbours from the `start`-th on, which begins a block; they end one, or are the last. A view
-    /// `[len]`.
+    /// A view `[len]` of the elements from `start` on. `start` begins a block; the end is that of a block or of the
+    /// moment.
     pub fn narrow(&self, start: i64, len: i64) -> Self {
         Self {
             codes: self.codes.view([-1]).narrow(0, start, len),
@@ -109,15 +111,15 @@ impl Moment8bit {
     }
 }
 
-/// One AdamW step over all parameters, in place: each block of moments is made fp32, stepped, used, and rounded to 8
-/// bits again. The same bits for any number of threads.
+/// One AdamW step over all parameters, in place: each block of moments is dequantized to fp32, updated, used for the
+/// step, and quantized again. The result has the same bits for any number of threads.
 ///
-/// `params` and `grads` (fp32, as BitByteLM's are) and `moments`, the first and the second of each, have equal shapes
-/// pairwise; `steps` are fp32 `[]`, and counted up. All on one device. `books` are the first and the second moments'.
-/// Where `found_inf` (fp32 `[]`) is 1 nothing changes, step counts included.
+/// `params`, `grads` (both fp32) and `moments`, a first and a second one for each parameter, have equal shapes
+/// pairwise; `steps` are fp32 `[]`, and are incremented. All are on one device. `books` holds the code book of the
+/// first moments and that of the second. If `found_inf` (fp32 `[]`) is 1, nothing changes, the step counts included.
 ///
-/// On CUDA the kernel is the one that [`super::AdamW8bitKernel::find`] finds. Ours decides all that on the device, for
-/// which this does not wait; with bitsandbytes' it does.
+/// On CUDA the kernel is that of [`super::AdamW8bitKernel::find`]. With our own this does not wait for the device; with
+/// bitsandbytes' it does.
 ///
 /// # Errors
 /// Lists of different lengths, other dtypes, sizes or devices; an unknown value of `BBT_CPU_KERNELS`; on CUDA,
@@ -131,12 +133,12 @@ pub fn adamw8bit(
     step: AdamWStep,
     found_inf: &Tensor,
 ) -> Result<(), Error> {
-    adamw8bit_with(CpuKernels::chosen()?, params, grads, moments, steps, books, step, found_inf)
+    adamw8bit_with(CpuFeatures::chosen()?, params, grads, moments, steps, books, step, found_inf)
 }
 
-#[allow(clippy::too_many_arguments)] // those of the above
+#[allow(clippy::too_many_arguments)] // those of `adamw8bit`, and one more
 fn adamw8bit_with(
-    kernels: CpuKernels,
+    features: CpuFeatures,
     params: &[Tensor],
     grads: &[Tensor],
     moments: &[[&Moment8bit; 2]],
@@ -158,11 +160,11 @@ fn adamw8bit_with(
     let (codes2, absmax2) = (tensors(1, |m| &m.codes), tensors(1, |m| &m.absmax));
     let [book1, book2] = books.map(CodeBook::pointers);
     // SAFETY: seven lists of n live tensors and two of two; the shim checks devices, dtypes and sizes before it reads
-    // or writes. This CPU runs `kernels`. The tensors are written through shared references, as every in-place
+    // or writes. This CPU has `features`. The tensors are written through shared references, as every in-place
     // operation on a libtorch handle does.
     ffi::check(unsafe {
         ffi::bbt_adamw8bit(
-            kernels,
+            features.bits(),
             p.as_ptr(),
             g.as_ptr(),
             codes1.as_ptr(),
@@ -187,12 +189,12 @@ fn adamw8bit_with(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_kernels::tests::runnable;
+    use crate::kernels::cpu_features::{AVX512, tests::runnable};
     use crate::kernels::testing::{self, rand, randn};
 
     const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
-    /// Values as dense as those of bitsandbytes, but drawn anew: at least half a percent apart.
+    /// Random values as dense as those of bitsandbytes, at least half a percent apart.
     fn book(signed: bool) -> CodeBook {
         let logs = rand(&[127]) * 0.04 + 0.06;
         let magnitudes = Vec::<f32>::try_from((-logs.cumsum(0, Kind::Float)).exp()).unwrap();
@@ -226,8 +228,8 @@ mod tests {
         assert_eq!(book(true).dequantize(&zeros).abs().max().double_value(&[]), 0.0);
     }
 
-    /// A step over moments of 8 bits, in fp64 up to the rounding: parameter, first and second moment, and what of the
-    /// parameter's terms there is where none cancels another, of which rounding errs by a part.
+    /// A step in fp64, without the final quantization: parameter, first and second moment, and the sum of the
+    /// magnitudes of the parameter's terms, by which rounding errors are bounded.
     fn reference(
         p: &Tensor,
         g: &Tensor,
@@ -254,7 +256,7 @@ mod tests {
         let books = [&book(true), &book(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         for kernels in runnable() {
-            // Whole blocks and rests, more than one task.
+            // Whole and partial blocks; more than one task.
             for size in [&[1][..], &[255], &[256], &[3, 257], &[40, 512], &[65, 1023]] {
                 let p = randn(size).set_requires_grad(true);
                 let moments = [Moment8bit::zeros(size, Device::Cpu), Moment8bit::zeros(size, Device::Cpu)];
@@ -321,7 +323,7 @@ mod tests {
     #[test]
     fn looking_up_bytes_changes_no_bit() {
         testing::seed();
-        let kernels = || runnable().filter(|kernels| *kernels >= CpuKernels::Avx512);
+        let kernels = || runnable().into_iter().filter(|features| features.has(AVX512));
         let books = [&decades(true), &decades(false)];
         let s = AdamWStep { lr: 3e-2, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1 };
         for size in [&[1][..], &[256], &[700], &[90, 1024]] {

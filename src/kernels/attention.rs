@@ -1,37 +1,37 @@
-//! Causal attention on the CPU, faster than libtorch's: blockwise, forward and backward, without a [T, T] matrix
-//! (Dao et al. 2022, "FlashAttention", arXiv 2205.14135).
+//! Causal attention on the CPU, faster than libtorch's: forward and backward work block by block, without a [T, T]
+//! matrix (Dao et al. 2022, "FlashAttention", arXiv 2205.14135).
 
 use tch::{Device, Kind, Tensor};
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 use super::ffi;
 use crate::libtorch::Error;
 
-/// softmax(q kᵀ / sqrt(D)) v, where a query sees the keys up to its own position. Differentiable once. The result,
-/// and the gradients, are the same bits for any number of threads.
+/// softmax(q kᵀ / sqrt(D)) v, where a query sees the keys up to its own position. Differentiable once. The result and
+/// the gradients have the same bits for any number of threads.
 ///
 /// # Shapes
-/// `q`: `[B, H, T, D]`; `k`, `v`: `[B, Hkv, T, D]`, where Hkv divides H, and consecutive query heads share one.
-/// Returns `[B, H, T, D]`, which lies in memory as `[B, T, H, D]`; so do the gradients. Any strides; those of
-/// `[B, T, H, D]` are read in place.
+/// `q`: `[B, H, T, D]`; `k`, `v`: `[B, Hkv, T, D]`, where Hkv divides H, and consecutive query heads share one. Returns
+/// `[B, H, T, D]`, which lies in memory as `[B, T, H, D]`; so do the gradients. Inputs may have any strides; those that
+/// lie as `[B, T, H, D]` are not copied.
 ///
 /// # Dtypes
-/// float32, or bfloat16 (scores, softmax and sums in fp32); one for all three. The result has it, too. Autocast does
-/// not reach inside.
+/// float32, or bfloat16 with scores, softmax and sums in fp32; the same for all three and the result. Autocast does not
+/// reach inside.
 ///
 /// # Errors
 /// Other dtypes, shapes or devices; an unknown value of `BBT_CPU_KERNELS`.
 pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, Error> {
-    causal_attention_with(CpuKernels::chosen()?, q, k, v)
+    causal_attention_with(CpuFeatures::chosen()?, q, k, v)
 }
 
-fn causal_attention_with(kernels: CpuKernels, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, Error> {
+fn causal_attention_with(features: CpuFeatures, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, Error> {
     check(q, k, v)?;
     let mut out = std::ptr::null_mut();
     // SAFETY: three live tensors of the devices, dtypes and shapes that the kernels expect, and room for one pointer
-    // to a new tensor, which we own. This CPU runs `kernels`.
+    // to a new tensor, which we own. This CPU has `features`.
     unsafe {
-        ffi::check(ffi::bbt_causal_attention(kernels, q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_causal_attention(features.bits(), q.as_ptr(), k.as_ptr(), v.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -64,6 +64,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::cpu_features::tests::runnable as kernels;
     use crate::kernels::testing;
     use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward};
 
@@ -91,7 +92,7 @@ mod tests {
             Self { q: new(h), k: new(kv), v: new(kv), dout: new(h) }
         }
 
-        /// The output and the gradients of q, k, v under `f`, in fp64. Inputs are given to `f` as `kind`.
+        /// The output and the gradients of q, k, v under `f`, in fp64. `f` gets its inputs as `kind`.
         fn run(&self, kind: Kind, f: impl Fn(&Tensor, &Tensor, &Tensor) -> Tensor) -> [Tensor; 4] {
             let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.detach().to_kind(kind).set_requires_grad(true));
             let out = f(&q, &k, &v);
@@ -119,10 +120,6 @@ mod tests {
         Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, group)
     }
 
-    fn kernels() -> impl Iterator<Item = CpuKernels> {
-        crate::kernels::cpu_kernels::tests::runnable()
-    }
-
     /// The norm of the difference, relative to that of what is expected.
     fn error(actual: &Tensor, expected: &Tensor) -> f64 {
         assert_eq!(actual.size(), expected.size());
@@ -138,7 +135,7 @@ mod tests {
                 }
             }
         }
-        // Dimensions below and between the widths of vectors; the original's; more heads than are split.
+        // Dimensions below and between the widths of vectors; the original's; so many heads that none is split.
         for (b, h, kv, t, d) in [
             (1, 1, 1, 9, 1),
             (2, 3, 1, 70, 5),
@@ -185,7 +182,7 @@ mod tests {
             for kernels in kernels() {
                 let ours = inputs.run(Kind::BFloat16, |q, k, v| causal_attention_with(kernels, q, k, v).unwrap());
                 for i in 0..4 {
-                    // Of a few values a lucky rounding decides: one unit of bf16 is granted.
+                    // With few values, chance decides which side rounds better: one unit of bf16 is allowed.
                     let slack = if expected[i].numel() < 4096 { 0.5f64.powi(8) } else { 1e-5 };
                     let (ours, theirs) = (error(&ours[i], &expected[i]), error(&theirs[i], &expected[i]));
                     assert!(

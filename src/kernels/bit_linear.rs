@@ -10,7 +10,7 @@ use std::ptr;
 
 use tch::{Kind, Tensor};
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 use super::{check_kinds, ffi};
 use crate::libtorch::Error;
 
@@ -34,18 +34,18 @@ impl TernaryWeight {
     /// # Errors
     /// Another shape or dtype; a device without kernels; an unknown value of `BBT_CPU_KERNELS`.
     pub fn new(w: &Tensor) -> Result<Self, Error> {
-        Self::with(CpuKernels::chosen()?, w)
+        Self::with(CpuFeatures::chosen()?, w)
     }
 
-    fn with(kernels: CpuKernels, w: &Tensor) -> Result<Self, Error> {
+    fn with(features: CpuFeatures, w: &Tensor) -> Result<Self, Error> {
         if w.kind() != Kind::Float || w.dim() != 2 || w.numel() == 0 {
             return Err(Error::Other(format!("ternary weight: {:?} {:?} is not [out, in] Float", w.kind(), w.size())));
         }
         let [mut codes, mut gamma, mut packed] = [ptr::null_mut(); 3];
         // SAFETY: a live tensor of the dtype and shape that the kernels expect, and room for three pointers to new
-        // tensors, which we own; the last may stay null. This CPU runs `kernels`.
+        // tensors, which we own; the last may stay null. This CPU has `features`.
         unsafe {
-            ffi::check(ffi::bbt_ternary_weight(kernels, w.as_ptr(), &mut codes, &mut gamma, &mut packed))?;
+            ffi::check(ffi::bbt_ternary_weight(features.bits(), w.as_ptr(), &mut codes, &mut gamma, &mut packed))?;
             Ok(Self {
                 size: [w.size()[0], w.size()[1]],
                 codes: Some(Tensor::from_ptr(codes)),
@@ -125,11 +125,11 @@ pub fn bit_linear(
     clipped: bool,
     kind: Kind,
 ) -> Result<(Vec<Tensor>, Tensor), Error> {
-    bit_linear_with(CpuKernels::chosen()?, x, prologue, weights, clipped, kind)
+    bit_linear_with(CpuFeatures::chosen()?, x, prologue, weights, clipped, kind)
 }
 
 fn bit_linear_with(
-    kernels: CpuKernels,
+    features: CpuFeatures,
     x: &Tensor,
     prologue: Prologue,
     weights: &[(Option<&Tensor>, &TernaryWeight)],
@@ -160,10 +160,10 @@ fn bit_linear_with(
     let mut scales = ptr::null_mut();
     // SAFETY: live tensors of one device, of the dtypes and shapes that the kernels expect; four of them for each
     // weight, of which some may be null where there is no backward, and a number of rows. Room for one pointer to a new
-    // tensor per weight and for one more, which we own. This CPU runs `kernels`.
+    // tensor per weight and for one more, which we own. This CPU has `features`.
     unsafe {
         ffi::check(ffi::bbt_bit_linear(
-            kernels,
+            features.bits(),
             x.as_ptr(),
             before,
             norm_weight,

@@ -1,4 +1,4 @@
-//! Whose kernel steps AdamW's 8-bit moments on CUDA: bitsandbytes' own, where its library is, or ours.
+//! Which kernel steps AdamW's 8-bit moments on CUDA: that of bitsandbytes if its library is found, or ours.
 
 use std::ffi::c_char;
 use std::path::PathBuf;
@@ -7,21 +7,22 @@ use std::ptr;
 use super::ffi;
 use crate::libtorch::Error;
 
-/// Whose kernel [`super::adamw8bit`] takes on CUDA.
+/// The kernel that [`super::adamw8bit`] uses on CUDA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdamW8bitKernel {
-    /// That of bitsandbytes, from this library.
+    /// bitsandbytes' kernel, from this library.
     Bitsandbytes(PathBuf),
-    /// Ours, for this reason.
+    /// Our own kernel, and why.
     Own(String),
 }
 
 impl AdamW8bitKernel {
-    /// What is taken in this process: bitsandbytes' where `BBT_BITSANDBYTES` says (a file, a folder, or `none`), else
-    /// beside libtorch, as pip installs both. No GPU is needed.
+    /// The kernel that this process uses. bitsandbytes' library is the one that `BBT_BITSANDBYTES` names (a file, a
+    /// folder, or `none`), or else the one beside libtorch, where pip installs it. No GPU is needed.
     ///
     /// # Errors
-    /// `BBT_BITSANDBYTES` names what is not there, or not bitsandbytes 0.50's library for libtorch's version of CUDA.
+    /// `BBT_BITSANDBYTES` names a file that is absent, or is not bitsandbytes 0.50's library for libtorch's version of
+    /// CUDA.
     pub fn find() -> Result<Self, Error> {
         let (mut path, mut why): (*mut c_char, *mut c_char) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: places for two strings, of which the call fills one and we free it, as `message` does.
@@ -32,7 +33,7 @@ impl AdamW8bitKernel {
         })
     }
 
-    /// Whose it is, in words.
+    /// Its owner, in words.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Bitsandbytes(_) => "bitsandbytes' kernel",

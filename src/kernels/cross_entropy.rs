@@ -4,7 +4,7 @@ use std::ptr;
 
 use tch::{Kind, Tensor};
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 use super::{check_kinds, ffi};
 use crate::libtorch::Error;
 
@@ -20,10 +20,10 @@ use crate::libtorch::Error;
 /// # Errors
 /// Other dtypes, shapes or devices; on the CPU a target that is no class; an unknown value of `BBT_CPU_KERNELS`.
 pub fn cross_entropy_mean(logits: &Tensor, targets: &Tensor) -> Result<Tensor, Error> {
-    cross_entropy_mean_with(CpuKernels::chosen()?, logits, targets)
+    cross_entropy_mean_with(CpuFeatures::chosen()?, logits, targets)
 }
 
-fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tensor) -> Result<Tensor, Error> {
+fn cross_entropy_mean_with(features: CpuFeatures, logits: &Tensor, targets: &Tensor) -> Result<Tensor, Error> {
     check_kinds("cross entropy", [logits.kind()])?;
     let (size, targets_size) = (logits.size(), targets.size());
     let fits = size.split_last().is_some_and(|(&classes, rows)| classes > 0 && rows == targets_size)
@@ -38,9 +38,9 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
     }
     let mut out = ptr::null_mut();
     // SAFETY: two live tensors of one device and of the dtypes and shapes that the kernels expect, and room for one
-    // pointer to a new tensor, which we own. This CPU runs `kernels`.
+    // pointer to a new tensor, which we own. This CPU has `features`.
     unsafe {
-        ffi::check(ffi::bbt_cross_entropy_mean(kernels, logits.as_ptr(), targets.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_cross_entropy_mean(features.bits(), logits.as_ptr(), targets.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -48,7 +48,7 @@ fn cross_entropy_mean_with(kernels: CpuKernels, logits: &Tensor, targets: &Tenso
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_kernels::tests::runnable as kernels;
+    use crate::kernels::cpu_features::tests::runnable as kernels;
     use crate::kernels::testing::{self, KINDS, integers, leaf, randn, tolerance};
 
     #[test]

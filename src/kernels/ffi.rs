@@ -1,10 +1,10 @@
 //! The C interface of `shim/kernels.h`. `tests/it/shim.rs` compares the declarations of the two files.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{CStr, c_char, c_int};
 
 use torch_sys::C_tensor;
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 pub use crate::libtorch::ffi::{Dtype, check, message, pointers};
 
 /// What is computed of a layer's input before it is quantized, as in `shim/numbers.h`.
@@ -16,23 +16,35 @@ pub enum Prologue {
     SwiGlu,
 }
 
+/// What there are several CPU kernels for, as in `shim/numbers.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum CpuOperation {
+    Int8Product,
+    Rows,
+    AttentionFloat,
+    AttentionBFloat16,
+    AdamW8bit,
+}
+
 unsafe extern "C" {
+    pub fn bbt_cpu_kernel(features: u32, operation: CpuOperation) -> *const c_char;
     pub fn bbt_causal_attention(
-        kernels: CpuKernels,
+        features: u32,
         q: *const C_tensor,
         k: *const C_tensor,
         v: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_ternary_weight(
-        kernels: CpuKernels,
+        features: u32,
         w: *const C_tensor,
         codes: *mut *mut C_tensor,
         gamma: *mut *mut C_tensor,
         packed: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_bit_linear(
-        kernels: CpuKernels,
+        features: u32,
         x: *const C_tensor,
         prologue: Prologue,
         norm_weight: *const C_tensor,
@@ -46,20 +58,20 @@ unsafe extern "C" {
         scales: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_rope(
-        kernels: CpuKernels,
+        features: u32,
         x: *const C_tensor,
         cos: *const C_tensor,
         sin: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_cross_entropy_mean(
-        kernels: CpuKernels,
+        features: u32,
         logits: *const C_tensor,
         targets: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub fn bbt_adamw8bit(
-        kernels: CpuKernels,
+        features: u32,
         params: *const *const C_tensor,
         grads: *const *const C_tensor,
         codes1: *const *const C_tensor,
@@ -80,4 +92,11 @@ unsafe extern "C" {
     pub fn bbt_bitsandbytes(path: *mut *mut c_char, why: *mut *mut c_char) -> *mut c_char;
     pub fn bbt_cuda_name(index: c_int, name: *mut c_char, size: c_int) -> *mut c_char;
     pub fn bbt_cuda_kernels(architecture: *const c_char, cache: *const c_char, bytes: *mut usize) -> *mut c_char;
+}
+
+/// The name of the kernels that `operation` takes on a CPU with `features`.
+pub fn cpu_kernel(features: CpuFeatures, operation: CpuOperation) -> &'static str {
+    // SAFETY: plain numbers; the function only looks at its tables, and returns a string of the program's own.
+    let name = unsafe { CStr::from_ptr(bbt_cpu_kernel(features.bits(), operation)) };
+    name.to_str().unwrap_or_default()
 }

@@ -4,7 +4,7 @@ use std::ptr;
 
 use tch::{Kind, Tensor};
 
-use super::cpu_kernels::CpuKernels;
+use super::cpu_features::CpuFeatures;
 use super::{check_kinds, ffi};
 use crate::libtorch::Error;
 
@@ -20,10 +20,10 @@ use crate::libtorch::Error;
 /// # Errors
 /// Other dtypes, shapes or devices; an unknown value of `BBT_CPU_KERNELS`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, Error> {
-    rope_with(CpuKernels::chosen()?, x, cos, sin)
+    rope_with(CpuFeatures::chosen()?, x, cos, sin)
 }
 
-fn rope_with(kernels: CpuKernels, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, Error> {
+fn rope_with(features: CpuFeatures, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, Error> {
     check_kinds("rope", [x.kind()])?;
     let size = x.size();
     let fits = |table: &Tensor| {
@@ -39,9 +39,9 @@ fn rope_with(kernels: CpuKernels, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Res
     let (cos, sin) = (cos.contiguous(), sin.contiguous());
     let mut out = ptr::null_mut();
     // SAFETY: three live tensors of one device and of the dtypes and shapes that the kernels expect, and room for one
-    // pointer to a new tensor, which we own. This CPU runs `kernels`.
+    // pointer to a new tensor, which we own. This CPU has `features`.
     unsafe {
-        ffi::check(ffi::bbt_rope(kernels, x.as_ptr(), cos.as_ptr(), sin.as_ptr(), &mut out))?;
+        ffi::check(ffi::bbt_rope(features.bits(), x.as_ptr(), cos.as_ptr(), sin.as_ptr(), &mut out))?;
         Ok(Tensor::from_ptr(out))
     }
 }
@@ -49,7 +49,7 @@ fn rope_with(kernels: CpuKernels, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_kernels::tests::runnable as kernels;
+    use crate::kernels::cpu_features::tests::runnable as kernels;
     use crate::kernels::testing::{self, KINDS, error, leaf, randn, tolerance};
 
     fn rope_by_formula(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {

@@ -115,7 +115,7 @@ std::string step_cpu(const Step& step) {
   Tensor books[] = {step.values1, step.nearest1, step.values2, step.nearest2}, found_inf = step.found_inf;
   Tensor *first[] = {&books[0], &books[1]}, *second[] = {&books[2], &books[3]};
   char* const error = bbt_adamw8bit(
-      bbt::CpuKernels::kPortable, pointers(step.params).data(), pointers(step.grads).data(), pointers(step.codes1).data(),
+      /*features=*/0, pointers(step.params).data(), pointers(step.grads).data(), pointers(step.codes1).data(),
       pointers(step.absmax1).data(), pointers(step.codes2).data(), pointers(step.absmax2).data(),
       pointers(step.steps).data(), step.params.size(), first, second, step.lr, step.beta1, step.beta2,
       step.weight_decay, step.eps, &found_inf);

@@ -2,13 +2,12 @@
 #pragma once
 
 // Backward must run with what forward was told.
-bbt::CpuKernels chosen = bbt::CpuKernels::kPortable;
-void bbt::fused::use_cpu_kernels(CpuKernels kernels) { chosen = kernels; }
-bbt::CpuKernels bbt::fused::cpu_kernels_in_use() { return chosen; }
+bbt::CpuFeatures chosen;
+void bbt::fused::use_cpu_features(CpuFeatures features) { chosen = features; }
+bbt::CpuFeatures bbt::fused::cpu_features_in_use() { return chosen; }
 
 namespace {
 
-using bbt::CpuKernels;
 using bbt::Prologue;
 
 void succeed(char* error, const std::string& what) {
@@ -62,7 +61,7 @@ void test_layer(const Layer& layer) {
                                                     : bbt::Dtype::kHalf;
   Tensor* scales = nullptr;
   const Tensor* const norm_weight = layer.prologue == Prologue::kRmsNorm ? &norm : nullptr;
-  succeed(bbt_bit_linear(CpuKernels::kAvx512Vnni, &x, layer.prologue, norm_weight, eps, given.data(), outs.data(),
+  succeed(bbt_bit_linear(3, &x, layer.prologue, norm_weight, eps, given.data(), outs.data(),
                          layer.weights, layer.clipped, dtype, made.data(), &scales),
           what);
   std::vector<Tensor> outputs;
@@ -96,9 +95,9 @@ void test_layer(const Layer& layer) {
     loss = loss.defined() ? loss + part : part;
     dy64 += exact(dys[i]).matmul(exact(ternary[i].codes) * exact(ternary[i].gamma));
   }
-  chosen = CpuKernels::kPortable;
+  chosen = {};
   loss.backward();
-  expect(chosen == CpuKernels::kAvx512Vnni, what + ": backward's instruction set is forward's");
+  expect(chosen.bits == 3, what + ": backward's CPU features are forward's");
   y64.backward(dy64);
   if (layer.x_grad) {
     expect(x.grad().scalar_type() == layer.x_dtype, what + ": dtype of dx");
@@ -147,7 +146,7 @@ void test_rope_layer() {
         auto x = wide.narrow(2, 1, heads);
         const auto what = text("rope's layer ", dtype, " ", x.sizes(), " gradient ", gradient);
         Tensor* made = nullptr;
-        succeed(bbt_rope(CpuKernels::kAvx512, &x, &cos, &sin, &made), what);
+        succeed(bbt_rope(0, &x, &cos, &sin, &made), what);
         const auto y = owned(made);
         const auto g = gradient == 0 ? dy.contiguous() : gradient == 1 ? dy : at::ones({}).to(dtype).expand(dy.sizes());
         y.backward(g);
@@ -167,7 +166,7 @@ void test_cross_entropy_layer() {
       auto logits = at::randn({7, 3, v}).to(dtype).transpose(0, 1).set_requires_grad(true);
       auto targets = at::randint(v, {7, 3}, at::kLong).t();
       Tensor* made = nullptr;
-      succeed(bbt_cross_entropy_mean(CpuKernels::kAvx2, &logits, &targets, &made), what);
+      succeed(bbt_cross_entropy_mean(0, &logits, &targets, &made), what);
       const auto loss = owned(made);
       auto logits64 = exact(logits.detach()).set_requires_grad(true);
       const auto loss64 = at::cross_entropy_loss(logits64.reshape({-1, v}), targets.reshape(-1));

@@ -685,6 +685,18 @@ fn doctor_says_what_there_is() {
     for part in ["bbt", env!("CARGO_PKG_VERSION"), "libtorch   2.11.0", "threads", "GiB free", "cuda"] {
         assert!(text.contains(part), "{part} in {text}");
     }
+    let with_kernels = |value: &str| {
+        let mut doctor = Workspace::new().shell("bbt doctor");
+        doctor.env("BBT_CPU_KERNELS", value);
+        doctor.current_dir("/");
+        Running::start(doctor).wait()
+    };
+    let kernels =
+        "kernels    int8 products portable, rows portable, fp32 attention portable, bf16 attention portable, ";
+    let text = with_kernels("portable").text();
+    assert!(text.contains(kernels) && text.contains("adamw8bit portable"), "{text}");
+    let refused = with_kernels("sse9").stderr;
+    assert!(refused.contains("BBT_CPU_KERNELS=sse9: no such kernels or feature; use best, portable"), "{refused}");
     let mut blind = Workspace::new().shell("bbt doctor");
     // On a machine with a GPU, too.
     blind.env("CUDA_VISIBLE_DEVICES", "");

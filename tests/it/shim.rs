@@ -37,6 +37,7 @@ fn cpp(ty: &Type) -> String {
                 "i64" => "int64_t",
                 "u8" => "uint8_t",
                 "u16" => "uint16_t",
+                "u32" => "uint32_t",
                 "u64" => "uint64_t",
                 "usize" => "size_t",
                 "C_tensor" => "at::Tensor",
@@ -80,8 +81,8 @@ fn rust_and_cpp_declare_the_same_interface_to_libtorch() {
 
 #[test]
 fn rust_and_cpp_declare_the_same_interface_to_the_kernels() {
-    let enumerations = ["kernels/ffi.rs", "kernels/cpu_kernels.rs"];
-    compare("kernels/shim/kernels.h", "kernels/ffi.rs", &enumerations, &["Prologue", "CpuKernels"], 8);
+    let enumerations = ["kernels/ffi.rs", "kernels/cpu_features.rs"];
+    compare("kernels/shim/kernels.h", "kernels/ffi.rs", &enumerations, &["Prologue", "CpuOperation", "CpuFeature"], 8);
 }
 
 /// Compares the functions of `header` with those of `ffi`, at least `at_least`, and the enumerations in `enum_files`,

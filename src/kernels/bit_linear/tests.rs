@@ -1,5 +1,5 @@
 use super::*;
-use crate::kernels::cpu_kernels::tests::runnable as kernels;
+use crate::kernels::cpu_features::tests::{runnable as kernels, subsets};
 use crate::kernels::testing::{self, KINDS, error, integers, leaf, randn, tolerance};
 use crate::libtorch::{Autocast, AutocastDtype, recompute_in_backward, tensor_version};
 use crate::quantization::{TernaryQuantSTE, act_quant, ternary_quant};
@@ -7,7 +7,7 @@ use tch::Device;
 
 /// The outputs of weights that get gradients.
 fn outputs(
-    kernels: CpuKernels,
+    kernels: CpuFeatures,
     x: &Tensor,
     prologue: Prologue,
     weights: &[(&Tensor, &TernaryWeight)],
@@ -22,10 +22,10 @@ fn codes(ternary: &TernaryWeight) -> Tensor {
     ternary.codes().expect("codes").to_kind(Kind::Float)
 }
 
-/// Codes and scales of `x`, `[N, D]`, read off products with the identity: each output is a code times its scale.
-fn quantized(kernels: CpuKernels, x: &Tensor) -> Tensor {
+/// The quantized `x`, `[N, D]`, by a product with the identity: each output is a code times its scale.
+fn quantized(kernels: CpuFeatures, x: &Tensor) -> Tensor {
     let eye = Tensor::eye(x.size()[1], (Kind::Float, Device::Cpu));
-    // gamma is 1 / D; a code of 1 for each.
+    // gamma is 1 / D, and the codes are those of the identity.
     let ternary = TernaryWeight::with(kernels, &eye).unwrap();
     assert!(codes(&ternary).equal(&eye));
     let ternary = TernaryWeight { gamma: ternary.gamma.ones_like(), ..ternary };
@@ -81,11 +81,12 @@ fn weights_are_those_of_the_reference() {
     }
 }
 
-/// Codes `x`, of which each row has a 127, and weights `w` of -1, 0 and 1: scales and gamma are exactly 1.
-fn product_is_exact(x: &Tensor, w: &Tensor, what: &str) {
+/// That the product of codes `x`, each row of which has a 127, with weights `w` of -1, 0 and 1 is exact: the scales and
+/// gamma are 1.
+fn product_is_exact(kernels: impl IntoIterator<Item = CpuFeatures>, x: &Tensor, w: &Tensor, what: &str) {
     let ones = Tensor::ones([], (Kind::Float, Device::Cpu));
     let expected = x.to_kind(Kind::Int64).matmul(&w.to_kind(Kind::Int64).tr());
-    for kernels in kernels() {
+    for kernels in kernels {
         let ternary = TernaryWeight::with(kernels, &(w * 0.5)).unwrap();
         let ternary = TernaryWeight { gamma: ones.copy(), ..ternary };
         if w.abs().mean(Kind::Float).double_value(&[]) > 0.0 {
@@ -104,17 +105,20 @@ fn product_is_exact(x: &Tensor, w: &Tensor, what: &str) {
 #[test]
 fn products_are_exact_and_the_same_for_any_instruction_set() {
     testing::seed();
-    // The largest sums are within fp32's integers.
+    // The largest sums are integers that fp32 holds exactly.
     for (n, inner, out) in [(1, 1, 1), (2, 3, 5), (7, 13, 70), (49, 384, 64), (100, 1023, 129), (5, 4096, 17)] {
         let x = (randn(&[n, inner]) * 80.0).round().clamp(-127, 127);
         let _ = x.narrow(1, 0, 1).fill_(127.0);
         let w = integers(-1, 2, &[out, inner]).to_kind(Kind::Float);
-        product_is_exact(&x, &w, &format!("{n} {inner} {out}"));
+        product_is_exact(kernels(), &x, &w, &format!("{n} {inner} {out}"));
+        if n == 7 {
+            product_is_exact(subsets(), &x, &w, "every subset of this CPU's features");
+        }
     }
 }
 
-/// Random signs cancel: no partial sum of theirs comes near 2^15. These grow as fast as sums can, so that one that is
-/// held in 16 bits anywhere would wrap.
+/// Partial sums of random signs stay far below 2^15. Those of these patterns grow as fast as possible, so that one that
+/// is held in 16 bits anywhere would wrap around.
 #[test]
 fn the_largest_products_do_not_overflow() {
     for inner in [128, 192, 256, 384, 512, 1000, 1024, 2048, 4096] {
@@ -132,13 +136,18 @@ fn the_largest_products_do_not_overflow() {
         ];
         let all = Tensor::stack(&patterns, 0);
         // Each pattern of activations meets each of weights, its equal and its opposite among them.
-        product_is_exact(&(&all * 127.0), &all, &format!("{inner}"));
+        product_is_exact(kernels(), &(&all * 127.0), &all, &format!("{inner}"));
         // More rows than a tile has.
-        product_is_exact(&(&all * 127.0).repeat([9, 1]), &all.repeat([30, 1]), &format!("{inner}, repeated"));
+        product_is_exact(
+            kernels(),
+            &(&all * 127.0).repeat([9, 1]),
+            &all.repeat([30, 1]),
+            &format!("{inner}, repeated"),
+        );
     }
 }
 
-/// What precedes the quantization, by name.
+/// The kinds of prologue.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Before {
     Nothing,
@@ -186,11 +195,11 @@ impl Layer {
         results
     }
 
-    fn fused(&self, kernels: CpuKernels, x_kind: Kind, kind: Kind) -> Vec<Tensor> {
+    fn fused(&self, kernels: CpuFeatures, x_kind: Kind, kind: Kind) -> Vec<Tensor> {
         self.run(x_kind, |x, norm, weights| self.forward(kernels, x, norm, weights, kind))
     }
 
-    fn forward(&self, kernels: CpuKernels, x: &Tensor, norm: &Tensor, weights: &[Tensor], kind: Kind) -> Vec<Tensor> {
+    fn forward(&self, kernels: CpuFeatures, x: &Tensor, norm: &Tensor, weights: &[Tensor], kind: Kind) -> Vec<Tensor> {
         let ternary: Vec<_> = weights.iter().map(|w| TernaryWeight::with(kernels, w).unwrap()).collect();
         let pairs: Vec<_> = weights.iter().zip(&ternary).collect();
         let prologue = match self.before {
@@ -215,7 +224,7 @@ impl Layer {
     }
 
     /// The activations as they are multiplied: what the layer gives for the identity.
-    fn quantized(&self, kernels: CpuKernels, kind: Kind) -> Tensor {
+    fn quantized(&self, kernels: CpuFeatures, kind: Kind) -> Tensor {
         let inner = self.norm.size()[0];
         let layer = Layer { weights: vec![Tensor::eye(inner, (Kind::Float, Device::Cpu)) * inner], ..self.copy() };
         // gamma is 1: in the product of one code with its scale nothing is rounded but that.
@@ -309,7 +318,7 @@ fn only_what_is_asked_for_gets_a_gradient() {
     let layer = Layer::random(Before::Norm, &[10], 16, &[8, 8], false);
     let (x, norm) = (leaf(&layer.x), layer.norm.detach());
     let weights = [leaf(&layer.weights[0]), layer.weights[1].detach()];
-    let ys = layer.forward(CpuKernels::best(), &x, &norm, &weights, Kind::Float);
+    let ys = layer.forward(CpuFeatures::detected(), &x, &norm, &weights, Kind::Float);
     // The second output goes nowhere.
     (&ys[0] * &layer.dys[0]).sum(Kind::Float).backward();
     let alone = Layer {
@@ -319,7 +328,7 @@ fn only_what_is_asked_for_gets_a_gradient() {
         norm: norm.copy(),
         ..layer
     };
-    let expected = alone.exact(Kind::Float, &alone.quantized(CpuKernels::best(), Kind::Float));
+    let expected = alone.exact(Kind::Float, &alone.quantized(CpuFeatures::detected(), Kind::Float));
     assert!(error(&x.grad(), &expected[1]) < 1e-5 && error(&weights[0].grad(), &expected[3]) < 1e-5);
     assert!(!weights[1].grad().defined() && !norm.grad().defined());
     let without = tch::no_grad(|| layer_output(&alone, &x));
@@ -327,14 +336,14 @@ fn only_what_is_asked_for_gets_a_gradient() {
 }
 
 fn layer_output(layer: &Layer, x: &Tensor) -> Tensor {
-    layer.forward(CpuKernels::best(), x, &layer.norm, &layer.weights, Kind::Float).remove(0)
+    layer.forward(CpuFeatures::detected(), x, &layer.norm, &layer.weights, Kind::Float).remove(0)
 }
 
 #[test]
 fn the_gradients_of_several_weights_share_no_memory() {
     testing::seed();
     let layer = Layer::random(Before::Nothing, &[10], 16, &[8, 8], false);
-    let results = layer.fused(CpuKernels::best(), Kind::Float, Kind::Float);
+    let results = layer.fused(CpuFeatures::detected(), Kind::Float, Kind::Float);
     let before = results[4].copy();
     let _ = results[3].shallow_clone().resize_([32, 32]).fill_(1.0);
     assert!(results[4].equal(&before));
@@ -379,14 +388,14 @@ fn the_same_bits_with_any_number_of_threads() {
     let threads = tch::get_num_threads();
     for before in [Before::Nothing, Before::Norm, Before::Gate] {
         let mut layer = Layer::random(before, &[3, 301], 200, &[100, 65], true);
-        // Small integers and halves: libtorch's product that the gradient of the activations is has one result in
-        // whatever order it sums.
+        // Small integers and halves: libtorch's product, which is the gradient of the activations, is then exact in any
+        // order of summation.
         layer.dys.iter_mut().for_each(|dy| *dy = dy.round());
         layer.weights.iter_mut().for_each(|w| *w = w.sign() * 0.5);
         for kind in [Kind::Float, Kind::BFloat16] {
             let results = [1, 2, 3, 8].map(|n| {
                 tch::set_num_threads(n);
-                layer.fused(CpuKernels::best(), Kind::Float, kind)
+                layer.fused(CpuFeatures::detected(), Kind::Float, kind)
             });
             let gradients = if before == Before::Norm { 2 } else { 1 };
             let ours = 0..layer.weights.len() + gradients;
@@ -402,7 +411,7 @@ fn the_same_bits_with_any_number_of_threads() {
 fn inside_recomputation_and_autocast() {
     testing::seed();
     // The same kernels on both sides: those of another instruction set may sum the norm in another order.
-    let kernels = CpuKernels::chosen().unwrap();
+    let kernels = CpuFeatures::chosen().unwrap();
     for kind in [Kind::Float, Kind::BFloat16] {
         let layer = Layer::random(Before::Norm, &[2, 30], 48, &[40], true);
         let plain = layer.fused(kernels, Kind::Float, kind);
@@ -436,7 +445,7 @@ fn there_is_no_second_derivative() {
     testing::seed();
     let (x, w) = (leaf(&randn(&[3, 8])), leaf(&randn(&[4, 8])));
     let ternary = TernaryWeight::new(&w).unwrap();
-    let y = outputs(CpuKernels::chosen().unwrap(), &x, Prologue::None, &[(&w, &ternary)], false, Kind::Float)
+    let y = outputs(CpuFeatures::chosen().unwrap(), &x, Prologue::None, &[(&w, &ternary)], false, Kind::Float)
         .unwrap()
         .remove(0);
     let error = Tensor::f_run_backward(&[y.sum(Kind::Float)], &[&x], true, true).unwrap_err();
@@ -448,7 +457,7 @@ fn a_weight_that_changed_between_forward_and_its_clipped_backward_is_noticed() {
     testing::seed();
     let (x, w) = (randn(&[3, 8]), leaf(&randn(&[4, 8])));
     let ternary = TernaryWeight::new(&w).unwrap();
-    let y = outputs(CpuKernels::chosen().unwrap(), &x, Prologue::None, &[(&w, &ternary)], true, Kind::Float)
+    let y = outputs(CpuFeatures::chosen().unwrap(), &x, Prologue::None, &[(&w, &ternary)], true, Kind::Float)
         .unwrap()
         .remove(0);
     let before = tensor_version(&w).unwrap();
@@ -466,7 +475,7 @@ fn what_does_not_fit_is_refused() {
     let ternary = TernaryWeight::new(&w).unwrap();
     let weights = [(&w, &ternary)];
     let run = |x: &Tensor, prologue: Prologue, kind| {
-        outputs(CpuKernels::chosen().unwrap(), x, prologue, &weights, false, kind).unwrap_err().to_string()
+        outputs(CpuFeatures::chosen().unwrap(), x, prologue, &weights, false, kind).unwrap_err().to_string()
     };
     assert!(run(&randn(&[2, 7]), Prologue::None, Kind::Float).contains("do not fit"));
     assert!(run(&randn(&[2, 8]), Prologue::SwiGlu, Kind::Float).contains("do not fit"));

@@ -1,6 +1,8 @@
-// Between shim/adamw8bit.cpp, which knows tensors and threads, and AdamW over moments of 8 bits, which knows neither:
-// each instruction set's kernels are compiled with its flags in a file of their own.
+// The interface between shim/adamw8bit.cpp, which knows tensors and threads, and AdamW with 8-bit moments, which knows
+// neither. Each instruction set has a file of kernels that is compiled with its flags.
 #pragma once
+
+#include "features.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -18,14 +20,14 @@ struct CodeBook {
   const float* values;
   // The codes of the values nearest to 65536 numbers from -1 to 1, evenly spaced.
   const uint8_t* nearest;
-  // The same for kAvx512Vbmi, which needs it.
+  // The same in the form that some kernels need; null for the others.
   const Lookup* lookup;
 };
 
 // A moment of one parameter: values[code] * absmax.
 struct Moment {
   uint8_t* codes;
-  // One a block.
+  // One per block.
   float* absmax;
   CodeBook book;
 };
@@ -47,10 +49,29 @@ struct Problem {
 
 // The kernels of one instruction set.
 struct Kernels {
+  // As doctor prints it, and the features without which it cannot run.
+  const char* name;
+  CpuFeatures needs;
+  // Whether step() reads CodeBook::lookup, which not every code book can have.
+  bool needs_lookup;
+
   // One step of the blocks from `begin` to `end`, which do not depend on each other.
   void (*step)(const Problem&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kAvx512Vbmi, kAvx512, kAvx2, kPortable;
+
+// The best first.
+#if defined(__x86_64__)
+constexpr const Kernels* kKernels[] = {&kAvx512, &kAvx2, &kPortable};
+#else
+constexpr const Kernels* kKernels[] = {&kPortable};
+#endif
+// Those for code books that have a lookup.
+#if defined(__x86_64__)
+constexpr const Kernels* kLookupKernels[] = {&kAvx512Vbmi, &kAvx512, &kAvx2, &kPortable};
+#else
+constexpr const Kernels* kLookupKernels[] = {&kPortable};
+#endif
 
 }  // namespace bbt::adamw8bit

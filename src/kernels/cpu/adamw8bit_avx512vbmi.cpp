@@ -176,4 +176,5 @@ void step_by_bytes(const Problem& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-constexpr bbt::adamw8bit::Kernels bbt::adamw8bit::kAvx512Vbmi = {step_by_bytes};
+constexpr bbt::adamw8bit::Kernels bbt::adamw8bit::kAvx512Vbmi = {
+    .name = "avx512vbmi", .needs = compiled_for(), .needs_lookup = true, .step = step_by_bytes};

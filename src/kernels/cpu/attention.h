@@ -1,6 +1,8 @@
-// Between attention.cpp, which knows tensors and threads, and the kernels, which know neither: each instruction set's
-// kernels are compiled with its flags in a file of their own.
+// The interface between attention.cpp, which knows tensors and threads, and the kernels, which know neither. Each
+// instruction set has a file of kernels that is compiled with its flags.
 #pragma once
+
+#include "features.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -35,6 +37,10 @@ struct Problem {
 // The kernels of one instruction set for one dtype. Tasks are numbered from 0 and may run in any order and on any
 // thread; a call does those from `begin` to `end`, in a scratch of its own, aligned to 64 bytes.
 struct Kernels {
+  // As doctor prints it, and the features without which it cannot run.
+  const char* name;
+  CpuFeatures needs;
+
   // Tasks: B * H * blocks of queries.
   int64_t (*forward_tasks)(const Problem&);
   size_t (*forward_scratch)(const Problem&);
@@ -51,5 +57,14 @@ extern const Kernels kAvx512Bf16;
 extern const Kernels kAvx512Float, kAvx512BFloat16;
 extern const Kernels kAvx2Float, kAvx2BFloat16;
 extern const Kernels kPortableFloat, kPortableBFloat16;
+
+// The best first.
+#if defined(__x86_64__)
+constexpr const Kernels* kFloatKernels[] = {&kAvx512Float, &kAvx2Float, &kPortableFloat};
+constexpr const Kernels* kBFloat16Kernels[] = {&kAvx512Bf16, &kAvx512BFloat16, &kAvx2BFloat16, &kPortableBFloat16};
+#else
+constexpr const Kernels* kFloatKernels[] = {&kPortableFloat};
+constexpr const Kernels* kBFloat16Kernels[] = {&kPortableBFloat16};
+#endif
 
 }  // namespace bbt::attention

@@ -1,3 +1,3 @@
 #include "attention_kernels.h"
 
-constexpr bbt::attention::Kernels bbt::attention::kAvx512Bf16 = kernels<BFloat16, Pairs>();
+constexpr bbt::attention::Kernels bbt::attention::kAvx512Bf16 = kernels<BFloat16, Pairs>("avx512bf16");

@@ -423,16 +423,19 @@ struct Attention {
 };
 
 template <class Dtype, class Compute>
-constexpr bbt::attention::Kernels kernels() {
+constexpr bbt::attention::Kernels kernels(const char* name) {
   typedef Attention<Dtype, Compute> A;
   return {
-      [](const Problem& p) { return p.batch * p.heads * A(p).blocks; },
-      [](const Problem& p) { return typename A::ForwardScratch(A(p), nullptr).scratch.used; },
-      [](const Problem& p, int64_t begin, int64_t end, void* scratch) { A(p).forward(begin, end, scratch); },
-      [](const Problem& p) { return typename A::BackwardScratch(A(p), nullptr).scratch.used; },
-      [](const Problem& p, int64_t begin, int64_t end, void* scratch) { A(p).backward(begin, end, scratch); },
-      [](const Problem& p) { return A(p).partial_size(); },
-      [](const Problem& p, int64_t begin, int64_t end) { A(p).reduce(begin, end); },
+      .name = name,
+      .needs = compiled_for(),
+      .forward_tasks = [](const Problem& p) { return p.batch * p.heads * A(p).blocks; },
+      .forward_scratch = [](const Problem& p) { return typename A::ForwardScratch(A(p), nullptr).scratch.used; },
+      .forward = [](const Problem& p, int64_t begin, int64_t end, void* scratch) { A(p).forward(begin, end, scratch); },
+      .backward_scratch = [](const Problem& p) { return typename A::BackwardScratch(A(p), nullptr).scratch.used; },
+      .backward = [](const Problem& p, int64_t begin, int64_t end,
+                     void* scratch) { A(p).backward(begin, end, scratch); },
+      .partial_size = [](const Problem& p) { return A(p).partial_size(); },
+      .reduce = [](const Problem& p, int64_t begin, int64_t end) { A(p).reduce(begin, end); },
   };
 }
 

@@ -22,6 +22,10 @@ constexpr int64_t kTaskRows = 48;
 BBT_INLINE IntVec multiply_add(IntVec acc, BitVec weights, int32_t codes) {
   return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, _mm512_set1_epi32(codes));
 }
+#elif defined(__AVXVNNI__)
+BBT_INLINE IntVec multiply_add(IntVec acc, BitVec weights, int32_t codes) {
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)weights, _mm256_set1_epi32(codes));
+}
 #elif defined(__AVX512BW__)
 BBT_INLINE IntVec multiply_add(IntVec acc, BitVec weights, int32_t codes) {
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)weights, _mm512_set1_epi32(codes));
@@ -150,6 +154,15 @@ void product(const Problem& p, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
-constexpr bbt::int8_product::Kernels kernels = {pack, tasks, scratch, product};
+constexpr bbt::int8_product::Kernels kernels(const char* name) {
+  return {
+      .name = name,
+      .needs = compiled_for(),
+      .pack = pack,
+      .tasks = tasks,
+      .scratch = scratch,
+      .product = product,
+  };
+}
 
 }  // namespace

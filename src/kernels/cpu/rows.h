@@ -1,6 +1,8 @@
-// Between fused_cpu.cpp, which knows tensors and threads, and the kernels that go over rows, which know neither: each
-// instruction set's kernels are compiled with its flags in a file of their own.
+// The interface between fused_cpu.cpp, which knows tensors and threads, and the kernels that go over rows, which know
+// neither. Each instruction set has a file of kernels that is compiled with its flags.
 #pragma once
+
+#include "features.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -29,9 +31,14 @@ struct Quantized {
   float* scales;
 };
 
-// The kernels of one instruction set. What is said of a matrix holds for its rows from `begin` to `end`; rows do not
-// depend on each other. `scratch` is scratch_floats(D) long, D being the width of a normed, gated or plain row.
+// The kernels of one instruction set. A call reads and writes the rows from `begin` to `end` of its matrices, which do
+// not depend on other rows. `scratch` holds scratch_floats(D) numbers, where D is the width of a normed, gated or plain
+// row.
 struct Kernels {
+  // As doctor prints it, and the features without which it cannot run.
+  const char* name;
+  CpuFeatures needs;
+
   size_t (*scratch_floats)(int64_t width);
 
   // The sum of |w|, each element's in fp64.
@@ -61,5 +68,12 @@ struct Kernels {
 };
 
 extern const Kernels kAvx512, kAvx2, kPortable;
+
+// The best first.
+#if defined(__x86_64__)
+constexpr const Kernels* kKernels[] = {&kAvx512, &kAvx2, &kPortable};
+#else
+constexpr const Kernels* kKernels[] = {&kPortable};
+#endif
 
 }  // namespace bbt::rows

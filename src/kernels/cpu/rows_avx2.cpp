@@ -1,3 +1,3 @@
 #include "rows_kernels.h"
 
-constexpr bbt::rows::Kernels bbt::rows::kAvx2 = kernels;
+constexpr bbt::rows::Kernels bbt::rows::kAvx2 = kernels("avx2");

@@ -1,3 +1,3 @@
 #include "rows_kernels.h"
 
-constexpr bbt::rows::Kernels bbt::rows::kAvx512 = kernels;
+constexpr bbt::rows::Kernels bbt::rows::kAvx512 = kernels("avx512");

@@ -304,9 +304,23 @@ void cross_entropy_backward(const Matrix& logits, const int64_t* targets, const 
 
 size_t scratch_floats(int64_t width) { return kScratchRows * padded(width); }
 
-constexpr bbt::rows::Kernels kernels = {
-    scratch_floats,  sum_abs,         ternary,    quantize, rms_norm_quantize, rms_norm_backward,
-    swiglu_quantize, swiglu_backward, scale_rows, rope,     cross_entropy,     cross_entropy_backward,
-};
+constexpr bbt::rows::Kernels kernels(const char* name) {
+  return {
+      .name = name,
+      .needs = compiled_for(),
+      .scratch_floats = scratch_floats,
+      .sum_abs = sum_abs,
+      .ternary = ternary,
+      .quantize = quantize,
+      .rms_norm_quantize = rms_norm_quantize,
+      .rms_norm_backward = rms_norm_backward,
+      .swiglu_quantize = swiglu_quantize,
+      .swiglu_backward = swiglu_backward,
+      .scale_rows = scale_rows,
+      .rope = rope,
+      .cross_entropy = cross_entropy,
+      .cross_entropy_backward = cross_entropy_backward,
+  };
+}
 
 }  // namespace

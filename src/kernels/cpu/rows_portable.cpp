@@ -1,3 +1,3 @@
 #include "rows_kernels.h"
 
-constexpr bbt::rows::Kernels bbt::rows::kPortable = kernels;
+constexpr bbt::rows::Kernels bbt::rows::kPortable = kernels("portable");

@@ -2,6 +2,8 @@
 // extension. Everything is in an unnamed namespace: what one instruction set's file compiles, no other may link to.
 #pragma once
 
+#include "features.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -18,6 +20,43 @@
 #endif
 
 namespace {
+
+// What this file is compiled for: its kernels need a CPU that has all of it.
+constexpr bbt::CpuFeatures compiled_for() {
+  uint32_t bits = 0;
+  [[maybe_unused]] const auto add = [&](bbt::CpuFeature feature) { bits |= uint32_t{1} << static_cast<int>(feature); };
+#if defined(__AVX2__)
+  add(bbt::CpuFeature::kAvx2);
+#endif
+#if defined(__FMA__)
+  add(bbt::CpuFeature::kFma);
+#endif
+#if defined(__AVX512F__)
+  add(bbt::CpuFeature::kAvx512F);
+#endif
+#if defined(__AVX512BW__)
+  add(bbt::CpuFeature::kAvx512Bw);
+#endif
+#if defined(__AVX512DQ__)
+  add(bbt::CpuFeature::kAvx512Dq);
+#endif
+#if defined(__AVX512VL__)
+  add(bbt::CpuFeature::kAvx512Vl);
+#endif
+#if defined(__AVX512VNNI__)
+  add(bbt::CpuFeature::kAvx512Vnni);
+#endif
+#if defined(__AVX512VBMI__)
+  add(bbt::CpuFeature::kAvx512Vbmi);
+#endif
+#if defined(__AVX512BF16__)
+  add(bbt::CpuFeature::kAvx512Bf16);
+#endif
+#if defined(__AVXVNNI__)
+  add(bbt::CpuFeature::kAvxVnni);
+#endif
+  return {bits};
+}
 
 constexpr int kLanes = BBT_LANES;
 

@@ -24,14 +24,6 @@ using bbt::adamw8bit::Step;
 // Blocks that a task steps at least, which is some ten microseconds.
 constexpr int64_t kTaskBlocks = 32;
 
-const bbt::adamw8bit::Kernels& table(bbt::CpuKernels kernels) {
-#if defined(__x86_64__)
-  if (kernels >= bbt::CpuKernels::kAvx512) return bbt::adamw8bit::kAvx512;
-  if (kernels == bbt::CpuKernels::kAvx2) return bbt::adamw8bit::kAvx2;
-#endif
-  return bbt::adamw8bit::kPortable;
-}
-
 int64_t blocks(const Tensor& param) {
   return (param.numel() + kBlock - 1) / kBlock;
 }
@@ -62,7 +54,7 @@ void check(const Step& step) {
   check(step.found_inf, at::kFloat, 1, "found_inf");
 }
 
-void step_cpu(bbt::CpuKernels kernels, const Step& step) {
+void step_cpu(bbt::CpuFeatures features, const Step& step) {
   if (step.found_inf.item<float>() == 1) return;
   const auto book = [](const Tensor& values, const Tensor& nearest) {
     return CodeBook{values.data_ptr<float>(), nearest.data_ptr<uint8_t>(), nullptr};
@@ -71,16 +63,17 @@ void step_cpu(bbt::CpuKernels kernels, const Step& step) {
     return Moment{codes.data_ptr<uint8_t>(), absmax.data_ptr<float>(), book};
   };
   CodeBook first = book(step.values1, step.nearest1), second = book(step.values2, step.nearest2);
-  auto kernel = table(kernels).step;
-#if defined(__x86_64__)
-  // Made anew in each step: some 15 microseconds.
+  const bbt::adamw8bit::Kernels* kernels = &bbt::best(bbt::adamw8bit::kLookupKernels, features);
   Lookup lookup1, lookup2;
-  if (kernels >= bbt::CpuKernels::kAvx512Vbmi && lookup1.cut(first, true) && lookup2.cut(second, false)) {
-    first.lookup = &lookup1;
-    second.lookup = &lookup2;
-    kernel = bbt::adamw8bit::kAvx512Vbmi.step;
+  if (kernels->needs_lookup) {
+    // Made anew in each step, which takes some 15 microseconds.
+    if (lookup1.cut(first, true) && lookup2.cut(second, false)) {
+      first.lookup = &lookup1;
+      second.lookup = &lookup2;
+    } else {
+      kernels = &bbt::best(bbt::adamw8bit::kKernels, features);
+    }
   }
-#endif
   for (size_t i = 0; i < step.params.size(); ++i) {
     const double t = *step.steps[i].data_ptr<float>() += 1;
     bbt::adamw8bit::Problem problem;
@@ -98,13 +91,13 @@ void step_cpu(bbt::CpuKernels kernels, const Step& step) {
     problem.scale = static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, t)));
     problem.eps = static_cast<float>(step.eps);
     at::parallel_for(0, blocks(step.params[i]), kTaskBlocks,
-                     [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+                     [&](int64_t begin, int64_t end) { kernels->step(problem, begin, end); });
   }
 }
 
 }  // namespace
 
-extern "C" char* bbt_adamw8bit(bbt::CpuKernels kernels, const at::Tensor* const* params, const at::Tensor* const* grads,
+extern "C" char* bbt_adamw8bit(uint32_t features, const at::Tensor* const* params, const at::Tensor* const* grads,
                                const at::Tensor* const* codes1, const at::Tensor* const* absmax1,
                                const at::Tensor* const* codes2, const at::Tensor* const* absmax2,
                                const at::Tensor* const* steps, size_t n, const at::Tensor* const* book1,
@@ -119,7 +112,7 @@ extern "C" char* bbt_adamw8bit(bbt::CpuKernels kernels, const at::Tensor* const*
     for (Tensor& grad : step.grads) grad = grad.contiguous();
     check(step);
     if (step.params[0].is_cpu()) {
-      step_cpu(kernels, step);
+      step_cpu({features}, step);
     } else if (bbt::adamw8bit::bitsandbytes_found()) {
       bbt::adamw8bit::step_bitsandbytes(step);
     } else {

@@ -24,16 +24,9 @@ using bbt::attention::View;
 constexpr int64_t kTasks = 24;
 constexpr int64_t kMaxSplits = 8;
 
-const Kernels& kernels(bbt::CpuKernels chosen, at::ScalarType dtype) {
-  namespace a = bbt::attention;
-  const bool fp32 = dtype == at::kFloat;
-#if defined(__x86_64__)
-  // Only products of bf16 gain by the bf16 instructions.
-  if (chosen == bbt::CpuKernels::kAvx512Bf16 && !fp32) return a::kAvx512Bf16;
-  if (chosen >= bbt::CpuKernels::kAvx512) return fp32 ? a::kAvx512Float : a::kAvx512BFloat16;
-  if (chosen == bbt::CpuKernels::kAvx2) return fp32 ? a::kAvx2Float : a::kAvx2BFloat16;
-#endif
-  return fp32 ? a::kPortableFloat : a::kPortableBFloat16;
+const Kernels& kernels(bbt::CpuFeatures features, at::ScalarType dtype) {
+  return dtype == at::kFloat ? bbt::best(bbt::attention::kFloatKernels, features)
+                             : bbt::best(bbt::attention::kBFloat16Kernels, features);
 }
 
 // The kernels read along D as it lies in memory.
@@ -78,16 +71,16 @@ void run(int64_t tasks, size_t scratch_bytes, const Run& run_range) {
 
 struct CausalAttention : torch::autograd::Function<CausalAttention> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in,
-                            const at::Tensor& v_in, bbt::CpuKernels chosen) {
+                            const at::Tensor& v_in, bbt::CpuFeatures features) {
     const auto q = readable(q_in), k = readable(k_in), v = readable(v_in);
     const auto out = new_like(q);
     const auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-    const Kernels& kernel = kernels(chosen, q.scalar_type());
+    const Kernels& kernel = kernels(features, q.scalar_type());
     const Problem p = problem(q, k, v, out, lse);
     run(kernel.forward_tasks(p), kernel.forward_scratch(p),
         [&](int64_t begin, int64_t end, void* scratch) { kernel.forward(p, begin, end, scratch); });
     ctx->save_for_backward({q, k, v, out, lse});
-    ctx->saved_data["kernels"] = static_cast<int64_t>(chosen);
+    ctx->saved_data["features"] = static_cast<int64_t>(features.bits);
     return out;
   }
 
@@ -98,7 +91,8 @@ struct CausalAttention : torch::autograd::Function<CausalAttention> {
     const auto &q = saved[0], &k = saved[1], &v = saved[2];
     const auto dout = readable(grads[0]);
     const auto dq = new_like(q), dk = new_like(k), dv = new_like(v);
-    const Kernels& kernel = kernels(static_cast<bbt::CpuKernels>(ctx->saved_data["kernels"].toInt()), q.scalar_type());
+    const bbt::CpuFeatures features = {static_cast<uint32_t>(ctx->saved_data["features"].toInt())};
+    const Kernels& kernel = kernels(features, q.scalar_type());
     Problem p = problem(q, k, v, saved[3], saved[4]);
     p.dout = view(dout);
     p.dq = view(dq);
@@ -122,7 +116,7 @@ struct CausalAttention : torch::autograd::Function<CausalAttention> {
 
 }  // namespace
 
-extern "C" char* bbt_causal_attention(bbt::CpuKernels kernels, const at::Tensor* q, const at::Tensor* k,
+extern "C" char* bbt_causal_attention(uint32_t features, const at::Tensor* q, const at::Tensor* k,
                                       const at::Tensor* v, at::Tensor** out) {
-  return bbt::guarded([&] { *out = new at::Tensor(CausalAttention::apply(*q, *k, *v, kernels)); });
+  return bbt::guarded([&] { *out = new at::Tensor(CausalAttention::apply(*q, *k, *v, bbt::CpuFeatures{features})); });
 }

@@ -27,17 +27,18 @@ const Kernels& kernels(const Tensor& tensor) {
   return device.is_cpu() ? kCpu : kCuda;
 }
 
-// For backward: it has no derivative of its own, autocast does not reach inside, and the instruction set is forward's.
+// The scope of a backward pass: it has no derivative of its own, autocast does not reach inside, and the CPU's kernels are
+// those of the forward pass.
 struct BackwardScope {
   BackwardScope(AutogradContext* ctx, const char* name) : no_autocast(c10::autocast_dispatch_keyset) {
     TORCH_CHECK(!at::GradMode::is_enabled(), name, " has no second derivative");
-    use_cpu_kernels(static_cast<CpuKernels>(ctx->saved_data["kernels"].toInt()));
+    use_cpu_features({static_cast<uint32_t>(ctx->saved_data["features"].toInt())});
   }
   c10::impl::ExcludeDispatchKeyGuard no_autocast;
 };
 
-void save_kernels(AutogradContext* ctx) {
-  ctx->saved_data["kernels"] = static_cast<int64_t>(cpu_kernels_in_use());
+void save_features(AutogradContext* ctx) {
+  ctx->saved_data["features"] = static_cast<int64_t>(cpu_features_in_use().bits);
 }
 
 // [..., D] -> [N, D]
@@ -90,7 +91,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
     ctx->saved_data["x dtype"] = static_cast<int64_t>(inputs[0].scalar_type());
     ctx->saved_data["prologue"] = static_cast<int64_t>(prologue);
     ctx->saved_data["clipped"] = clipped;
-    save_kernels(ctx);
+    save_features(ctx);
     variable_list outputs, saved = {rows.codes, rows.scales};
     for (const TernaryWeight& weight : ternary) {
       size.back() = weight.out;
@@ -160,7 +161,7 @@ Tensor readable(const Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous();
 struct Rope : torch::autograd::Function<Rope> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin) {
     ctx->save_for_backward({cos, sin});
-    save_kernels(ctx);
+    save_features(ctx);
     return kernels(x).rope(readable(x), cos, sin, false);
   }
 
@@ -176,7 +177,7 @@ struct CrossEntropyMean : torch::autograd::Function<CrossEntropyMean> {
     const Tensor flat_targets = targets.reshape(-1).contiguous();
     const auto [sum, log_sums] = kernels(logits).cross_entropy(flat(logits), flat_targets);
     ctx->save_for_backward({logits, flat_targets, log_sums});
-    save_kernels(ctx);
+    save_features(ctx);
     return sum.div(flat_targets.numel());
   }
 
@@ -192,10 +193,10 @@ struct CrossEntropyMean : torch::autograd::Function<CrossEntropyMean> {
 }  // namespace
 }  // namespace bbt::fused
 
-extern "C" char* bbt_ternary_weight(bbt::CpuKernels kernels, const at::Tensor* w, at::Tensor** codes,
+extern "C" char* bbt_ternary_weight(uint32_t features, const at::Tensor* w, at::Tensor** codes,
                                     at::Tensor** gamma, at::Tensor** packed) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(kernels);
+    bbt::fused::use_cpu_features({features});
     const at::NoGradGuard no_grad;
     const auto weight = bbt::fused::kernels(*w).quantize_weight(w->detach().contiguous());
     *codes = new at::Tensor(weight.codes);
@@ -204,13 +205,13 @@ extern "C" char* bbt_ternary_weight(bbt::CpuKernels kernels, const at::Tensor* w
   });
 }
 
-extern "C" char* bbt_bit_linear(bbt::CpuKernels kernels, const at::Tensor* x, bbt::Prologue prologue,
+extern "C" char* bbt_bit_linear(uint32_t features, const at::Tensor* x, bbt::Prologue prologue,
                                 const at::Tensor* norm_weight, double eps, const at::Tensor* const* weights,
                                 const int64_t* outs, size_t n, int clipped, bbt::Dtype dtype, at::Tensor** outputs,
                                 at::Tensor** scales) {
   return bbt::guarded([&] {
     constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kBFloat16, at::kHalf};
-    bbt::fused::use_cpu_kernels(kernels);
+    bbt::fused::use_cpu_features({features});
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     std::vector<at::Tensor> inputs = {*x};
     if (norm_weight != nullptr) inputs.push_back(*norm_weight);
@@ -231,18 +232,18 @@ extern "C" char* bbt_bit_linear(bbt::CpuKernels kernels, const at::Tensor* x, bb
   });
 }
 
-extern "C" char* bbt_rope(bbt::CpuKernels kernels, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
+extern "C" char* bbt_rope(uint32_t features, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
                           at::Tensor** out) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(kernels);
+    bbt::fused::use_cpu_features({features});
     *out = new at::Tensor(bbt::fused::Rope::apply(*x, *cos, *sin));
   });
 }
 
-extern "C" char* bbt_cross_entropy_mean(bbt::CpuKernels kernels, const at::Tensor* logits, const at::Tensor* targets,
+extern "C" char* bbt_cross_entropy_mean(uint32_t features, const at::Tensor* logits, const at::Tensor* targets,
                                         at::Tensor** out) {
   return bbt::guarded([&] {
-    bbt::fused::use_cpu_kernels(kernels);
+    bbt::fused::use_cpu_features({features});
     *out = new at::Tensor(bbt::fused::CrossEntropyMean::apply(*logits, *targets));
   });
 }

@@ -1,5 +1,5 @@
-// Fused kernels of a BitLinear network, by device: what fused.cpp makes autograd functions of. fused_cpu.cpp and
-// fused_cuda.cpp fill one table each.
+// Fused kernels of a BitLinear network, one table per kind of device. fused.cpp makes autograd functions of them;
+// fused_cpu.cpp and fused_cuda.cpp fill the tables.
 //
 // Everywhere N is the number of tokens. Values are computed in fp32, whatever the tensors' dtype is: fp32, bf16 or
 // fp16. Tensors are contiguous unless said otherwise, and the results are new. No kernel waits for the device.
@@ -72,8 +72,8 @@ struct Kernels {
 extern const Kernels kCpu;
 extern const Kernels kCuda;
 
-// Chooses the instruction set of kCpu on this thread.
-void use_cpu_kernels(CpuKernels kernels);
-CpuKernels cpu_kernels_in_use();
+// The features by which kCpu chooses its kernels on this thread.
+void use_cpu_features(CpuFeatures features);
+CpuFeatures cpu_features_in_use();
 
 }  // namespace bbt::fused

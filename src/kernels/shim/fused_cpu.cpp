@@ -26,24 +26,11 @@ constexpr int64_t kTaskElements = 1 << 15;
 // Rows whose contributions to a weight's gradient are summed by one task.
 constexpr int64_t kSumRows = 64;
 
-thread_local CpuKernels chosen = CpuKernels::kPortable;
+thread_local CpuFeatures features_in_use;
 
-const rows::Kernels& row_kernels() {
-#if defined(__x86_64__)
-  if (chosen >= CpuKernels::kAvx512) return rows::kAvx512;
-  if (chosen == CpuKernels::kAvx2) return rows::kAvx2;
-#endif
-  return rows::kPortable;
-}
+const rows::Kernels& row_kernels() { return best(rows::kKernels, features_in_use); }
 
-const int8_product::Kernels& product_kernels() {
-#if defined(__x86_64__)
-  if (chosen >= CpuKernels::kAvx512Vnni) return int8_product::kAvx512Vnni;
-  if (chosen == CpuKernels::kAvx512) return int8_product::kAvx512;
-  if (chosen == CpuKernels::kAvx2) return int8_product::kAvx2;
-#endif
-  return int8_product::kPortable;
-}
+const int8_product::Kernels& product_kernels() { return best(int8_product::kKernels, features_in_use); }
 
 rows::Element element(at::ScalarType dtype) {
   switch (dtype) {
@@ -266,12 +253,21 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
 
 }  // namespace
 
-void use_cpu_kernels(CpuKernels kernels) { chosen = kernels; }
-CpuKernels cpu_kernels_in_use() { return chosen; }
+void use_cpu_features(CpuFeatures features) { features_in_use = features; }
+CpuFeatures cpu_features_in_use() { return features_in_use; }
 
 const Kernels kCpu = {
-    quantize_weight, quantize,   rms_norm_quantize, rms_norm_backward, swiglu_quantize,        swiglu_backward,
-    product,         scale_rows, rope,              cross_entropy,     cross_entropy_backward,
+    .quantize_weight = quantize_weight,
+    .quantize = quantize,
+    .rms_norm_quantize = rms_norm_quantize,
+    .rms_norm_backward = rms_norm_backward,
+    .swiglu_quantize = swiglu_quantize,
+    .swiglu_backward = swiglu_backward,
+    .product = product,
+    .scale_rows = scale_rows,
+    .rope = rope,
+    .cross_entropy = cross_entropy,
+    .cross_entropy_backward = cross_entropy_backward,
 };
 
 }  // namespace bbt::fused

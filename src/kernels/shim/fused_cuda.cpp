@@ -234,6 +234,15 @@ at::Tensor cross_entropy_backward(const at::Tensor& logits, const at::Tensor& ta
 }  // namespace
 
 const bbt::fused::Kernels bbt::fused::kCuda = {
-    quantize_weight, quantize, rms_norm_quantize, rms_norm_backward, swiglu_quantize, swiglu_backward, product,
-    scale_rows, rope, cross_entropy, cross_entropy_backward,
+    .quantize_weight = quantize_weight,
+    .quantize = quantize,
+    .rms_norm_quantize = rms_norm_quantize,
+    .rms_norm_backward = rms_norm_backward,
+    .swiglu_quantize = swiglu_quantize,
+    .swiglu_backward = swiglu_backward,
+    .product = product,
+    .scale_rows = scale_rows,
+    .rope = rope,
+    .cross_entropy = cross_entropy,
+    .cross_entropy_backward = cross_entropy_backward,
 };

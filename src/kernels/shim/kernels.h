@@ -1,7 +1,7 @@
 // The C interface to bbt's own kernels. Its conventions are those of libtorch/shim/shim.h; ffi.rs declares the same
 // functions, and a test compares the two.
 //
-// `kernels` chooses the CPU's kernels; tensors on another device are not affected by it.
+// `features` are the bits of the CpuFeatures by which the CPU's kernels are chosen; on another device they are not read.
 #pragma once
 
 #include <cstddef>
@@ -12,29 +12,32 @@
 
 extern "C" {
 
+// cpu_kernels.cpp. The name of the kernels that are chosen, which lives as long as the process.
+const char* bbt_cpu_kernel(uint32_t features, bbt::CpuOperation operation);
+
 // attention.cpp
-char* bbt_causal_attention(bbt::CpuKernels kernels, const at::Tensor* q, const at::Tensor* k, const at::Tensor* v,
+char* bbt_causal_attention(uint32_t features, const at::Tensor* q, const at::Tensor* k, const at::Tensor* v,
                            at::Tensor** out);
 
 // fused.cpp
 // Stores three new tensors; `*packed` stays nullptr where the device's product reads `*codes`.
-char* bbt_ternary_weight(bbt::CpuKernels kernels, const at::Tensor* w, at::Tensor** codes, at::Tensor** gamma,
+char* bbt_ternary_weight(uint32_t features, const at::Tensor* w, at::Tensor** codes, at::Tensor** gamma,
                          at::Tensor** packed);
 // `norm_weight` and `eps` are read for kRmsNorm only. `weights` holds four tensors for each of the `n` weights: the one
 // that gets the gradient, its codes, its gamma, and the packed codes or nullptr. Without a backward pass the first may
 // be nullptr, and so may the codes where there are packed ones. Weight i has `outs[i]` rows. `dtype` is that of the
 // outputs. `outputs` has room for `n` new tensors, `scales` for one: the scale of each row of activations.
-char* bbt_bit_linear(bbt::CpuKernels kernels, const at::Tensor* x, bbt::Prologue prologue,
+char* bbt_bit_linear(uint32_t features, const at::Tensor* x, bbt::Prologue prologue,
                      const at::Tensor* norm_weight, double eps, const at::Tensor* const* weights, const int64_t* outs,
                      size_t n, int clipped, bbt::Dtype dtype, at::Tensor** outputs, at::Tensor** scales);
-char* bbt_rope(bbt::CpuKernels kernels, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
+char* bbt_rope(uint32_t features, const at::Tensor* x, const at::Tensor* cos, const at::Tensor* sin,
                at::Tensor** out);
-char* bbt_cross_entropy_mean(bbt::CpuKernels kernels, const at::Tensor* logits, const at::Tensor* targets,
+char* bbt_cross_entropy_mean(uint32_t features, const at::Tensor* logits, const at::Tensor* targets,
                              at::Tensor** out);
 
 // adamw8bit.cpp. Lists of `n` tensors on one device: uint8 `codes` and fp32 `absmax` of the first and of the second
 // moment. A code book is two tensors, as in cpu/adamw8bit.h.
-char* bbt_adamw8bit(bbt::CpuKernels kernels, const at::Tensor* const* params, const at::Tensor* const* grads,
+char* bbt_adamw8bit(uint32_t features, const at::Tensor* const* params, const at::Tensor* const* grads,
                     const at::Tensor* const* codes1, const at::Tensor* const* absmax1, const at::Tensor* const* codes2,
                     const at::Tensor* const* absmax2, const at::Tensor* const* steps, size_t n,
                     const at::Tensor* const* book1, const at::Tensor* const* book2, double lr, double beta1,

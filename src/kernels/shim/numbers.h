@@ -3,14 +3,14 @@
 #pragma once
 
 #include "../../libtorch/shim/numbers.h"
+#include "../cpu/features.h"
 
 namespace bbt {
 
-// The instruction sets that the CPU kernels are compiled for, each with all that those before it have. In Rust:
-// cpu_kernels.rs.
-enum class CpuKernels : int { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Vbmi, kAvx512Bf16 };
-
-// What a BitLinear layer does to its input before it quantizes it. In Rust: ffi.rs.
+// What a BitLinear layer does to its input before it quantizes it.
 enum class Prologue : int { kNone, kRmsNorm, kSwiGlu };
+
+// What there are several CPU kernels for.
+enum class CpuOperation : int { kInt8Product, kRows, kAttentionFloat, kAttentionBFloat16, kAdamW8bit };
 
 }  // namespace bbt

@@ -1,0 +1,3 @@
+#include "int8_product_kernels.h"
+
+constexpr bbt::int8_product::Kernels bbt::int8_product::kAvxVnni = kernels("avxvnni");
