@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -136,6 +137,16 @@ impl Workspace {
             .env_remove("WORLD_SIZE")
             .env_remove("NO_COLOR")
             .stdin(Stdio::null());
+        // Who runs the tests may ignore signals, as nohup and background jobs do, and children inherit that.
+        let defaults = || {
+            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+                // SAFETY: no handler is installed, and signal() is allowed between fork and exec.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            Ok(())
+        };
+        // SAFETY: the closure allocates nothing and takes no lock.
+        unsafe { command.pre_exec(defaults) };
         command
     }
 
