@@ -7,7 +7,7 @@ use std::ptr;
 use super::ffi;
 use crate::libtorch::Error;
 
-/// The kernel that [`super::adamw8bit`] uses on CUDA.
+/// The kernel that `adamw8bit` uses on CUDA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdamW8bitKernel {
     /// bitsandbytes' kernel, from this library.
