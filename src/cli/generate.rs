@@ -13,6 +13,7 @@ use crate::checkpoint::build_for_inference;
 use crate::config::{DeviceSpec, VOCAB_SIZE};
 use crate::inference::{Generator, Sampling};
 use crate::libtorch::cuda_memory;
+use crate::utils::atomic::write_bytes;
 use crate::utils::device::device;
 
 /// Continue a prompt, byte by byte
@@ -86,7 +87,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (ckpt, checkpoint) = args.model.open_newest(&args.ckpt)?;
     let model = build_for_inference(&checkpoint, device)?;
     let load_seconds = loading.elapsed().as_secs_f64();
-    let prompt_bytes = bytes.len();
     let sampling = Sampling {
         temperature: args.temperature,
         // As many as there are, or 0 in the original's words: no choice among them.
@@ -129,9 +129,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "parameter_count": parameters,
             "model_load_time_s": load_seconds,
             "generation_time_s": seconds,
-            "prompt_tokens": prompt_bytes,
+            "prompt_tokens": prompt.len(),
             "generated_tokens": new,
-            "total_tokens": prompt_bytes + new,
+            "total_tokens": prompt.len() + new,
             "tokens_per_sec": bytes_per_second,
             "ms_per_token": if new == 0 { 0.0 } else { 1000.0 * seconds / new as f64 },
             "temperature": args.temperature,
@@ -146,8 +146,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             }
         }
         if let Some(path) = &args.metrics_json {
-            std::fs::write(path, format!("{metrics:#}\n"))
-                .with_context(|| format!("--metrics-json {}", path.display()))?;
+            write_bytes(path, format!("{metrics:#}\n").as_bytes()).context("--metrics-json")?;
         }
     }
     Ok(())
